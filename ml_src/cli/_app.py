@@ -1,0 +1,74 @@
+"""What all commands share: flags with `-` or `_`, one-line errors, exit codes. Each command is a file beside this one.
+
+Exit codes: 0 done, 1 an error of ours, 2 something the user can mend, 130 stopped by Ctrl-C.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TextIO
+
+from ml_src.core.errors import ConfigError, MLError
+from ml_src.core.registry import suggest
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose long flags accept `-` and `_` alike and whose errors fit on one line."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse the words after the command's name; names the nearest flag for an unknown one."""
+        known, unknown = self.parse_known_args([_underscored(word) for word in argv])
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            self.error(f"unknown argument {unknown[0]!r}; {suggest(unknown[0], flags)}")
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage, so that every error leaves by one door."""
+        raise ConfigError(f"{message} ({self.prog} --help shows the usage)")
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is at that moment: a progress bar puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Run a command's body and turn what it raises into one line on stderr and an exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Stderr()])
+    logging.getLogger("ml_src").setLevel(logging.INFO)
+    try:
+        return command(words)
+    except MLError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe (`| head`) has gone
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        print(f"unexpected error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        return 1

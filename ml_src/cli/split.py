@@ -1,0 +1,244 @@
+"""The command ml-split: which images are for testing, training and validation. Next to read: `core/data/splits.py`."""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ml_src.cli._app import Parser, run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ml_src.core.data.checks import MaskFacts
+    from ml_src.core.data.files import Pair
+    from ml_src.core.data.splits import Splits
+
+# By convention the mask value of unlabelled pixels.
+IGNORED = 255
+# From so many masks on, reading them takes long enough for a progress bar.
+MANY = 100
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ml-split and return its exit code."""
+    return run(_split, argv)
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser("ml-split", "Divide pairs of image and mask into a test split and folds; writes DATA/splits/.")
+    add = parser.add_argument
+    add("--raw_data", required=True, metavar="DATA/images", help="the folder of the images")
+    add("--mask_data", required=True, metavar="DATA/masks", help="the folder of the masks, matched by stem")
+    add("--folds", type=int, default=5, metavar="K", help="number of folds (default 5)")
+    add("--task", default="segmentation", help="what is learned: segmentation")
+    add("--test_split", type=float, default=0.15, metavar="F", help="share of the images for testing (default 0.15)")
+    add(
+        "--val_split",
+        type=float,
+        metavar="F",
+        help="draw this share of what is not test for validation, anew for each fold; without it the folds are a "
+        "partition: each image validates exactly once",
+    )
+    add("--stratified", action="store_true", help="give every part its share of every class, rare ones first")
+    grouping = parser.add_mutually_exclusive_group()
+    grouping.add_argument(
+        "--groups",
+        metavar="FILE.csv",
+        help="columns image (name or stem) and group (patient, slide, scene): no group is divided",
+    )
+    grouping.add_argument(
+        "--group_regex", metavar="RE", help="searched in the stem; its first group, or all of it, names the group"
+    )
+    add("--seed", type=int, default=42, help="the same seed gives the same split (default 42)")
+    add("--output", metavar="DIR", help="where to write (default DATA/splits)")
+    add("--force", action="store_true", help="replace another split that is already there")
+    return parser.parse(argv)
+
+
+def _split(argv: Sequence[str]) -> int:
+    args = _arguments(argv)
+
+    import shlex
+    import shutil
+    from contextlib import suppress
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
+
+    from ml_src.core.data import checks, splits
+    from ml_src.core.data.files import find_pairs, read_class_names
+    from ml_src.core.errors import ConfigError
+    from ml_src.core.registry import suggest
+
+    if args.task != "segmentation":
+        raise ConfigError(f"--task: unknown task {args.task!r}; {suggest(args.task, ['segmentation'])}")
+    if not 0 <= args.seed < 2**64:
+        raise ConfigError(f"--seed is {args.seed}: give a number from 0 up")
+    image_dir, mask_dir = Path(args.raw_data), Path(args.mask_data)
+    if image_dir.name in ("", ".."):  # "." and the like have no parent in their name
+        image_dir = image_dir.resolve()
+    data_dir = image_dir.parent
+    splits_dir = Path(args.output) if args.output else data_dir / "splits"
+
+    pairs = find_pairs(image_dir, mask_dir)
+    names = read_class_names(data_dir)
+    groups = None
+    if args.groups is not None:
+        groups = splits.groups_from_csv(pairs, Path(args.groups))
+    elif args.group_regex is not None:
+        groups = splits.groups_from_regex(pairs, args.group_regex)
+    cache = splits.cache_path(splits_dir)
+    with TemporaryDirectory() as scratch:  # nothing is written beside the data before all is known to be well
+        draft = Path(scratch) / cache.name
+        with suppress(OSError):
+            shutil.copyfile(cache, draft)
+        facts = _scan(pairs, draft)
+        checks.check_files(pairs, facts)
+        classes = _classes(facts, names)
+        counts = [{value: fact.counts[value] for value in classes if value in fact.counts} for fact in facts]
+        drawn = splits.make_splits(
+            counts, groups, args.folds, args.test_split, args.val_split, args.stratified, args.seed
+        )
+        unchanged = splits.existing_files(splits_dir) == splits.index_files(drawn, pairs, data_dir)
+        splits.write_splits(drawn, pairs, data_dir, splits_dir, args.force)
+        with suppress(OSError):
+            shutil.copyfile(draft, cache)
+
+    rows = _rows(drawn, facts, classes, groups)
+    _print_table(rows, [_label(value, names) for value in classes], groups is not None)
+    for doubt in (_odd_values(classes, names), _absent(rows, [_label(value, names) for value in classes])):
+        if doubt:
+            print(f"warning: {doubt}")
+    print(f"{len(pairs)} pairs; index files in {splits_dir}{' (unchanged)' if unchanged else ''}")
+    print(f"next: ml-init-config {shlex.quote(str(data_dir))} --task segmentation")
+    return 0
+
+
+def _scan(pairs: "Sequence[Pair]", cache_path: "Path") -> "list[MaskFacts]":
+    """Read the masks; with a progress bar on stderr where someone may be watching for long."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ml_src.core.data.checks import scan
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal or len(pairs) < MANY) as bar:
+        task = bar.add_task("reading masks", total=len(pairs))
+        return scan(pairs, cache_path, lambda done: bar.update(task, completed=done))
+
+
+def _classes(facts: "Sequence[MaskFacts]", names: list[str] | None) -> list[int]:
+    """Return the mask values that are classes: those named and those found, but the one that means "unlabelled"."""
+    found = {value for fact in facts for value in fact.counts} | set(range(len(names or [])))
+    if max(found) == IGNORED and len(names or []) <= IGNORED:
+        found.remove(IGNORED)
+    return sorted(found)
+
+
+def _label(value: int, names: list[str] | None) -> str:
+    return names[value] if names and value < len(names) else str(value)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One line of the table: a part of the split, with its pixels per class and without one."""
+
+    name: str
+    num_images: int
+    num_groups: int
+    pixels: list[int]
+    ignored: int
+
+
+def _rows(
+    drawn: "Splits", facts: "Sequence[MaskFacts]", classes: list[int], groups: Sequence[str] | None
+) -> list[_Row]:
+    parts = {"test": drawn.test}
+    for fold, (train, val) in enumerate(drawn.folds):
+        parts |= {f"fold {fold} train": train, f"fold {fold} val": val}
+    rows = []
+    for name, indices in parts.items():
+        total: Counter[int] = Counter()
+        for index in indices:
+            total.update(facts[index].counts)
+        num_groups = len({groups[index] for index in indices}) if groups else 0
+        pixels = [total[value] for value in classes]
+        rows.append(_Row(name, len(indices), num_groups, pixels, total.total() - sum(pixels)))
+    return rows
+
+
+def _print_table(rows: list[_Row], labels: list[str], with_groups: bool) -> None:
+    """Print one line a part; as many tables below each other as the terminal's width asks for."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    fixed = {"": [row.name for row in rows], "images": [str(row.num_images) for row in rows]}
+    if with_groups:
+        fixed["groups"] = [str(row.num_groups) for row in rows]
+    shares = [
+        (f"{label} %", [_percent(row.pixels[index], sum(row.pixels)) for row in rows])
+        for index, label in enumerate(labels)
+    ]
+    if any(row.ignored for row in rows):
+        ignored = [_percent(row.ignored, row.ignored + sum(row.pixels)) for row in rows]
+        shares.append((f"{IGNORED} (ignored) %", ignored))
+
+    room = console.width if console.is_terminal else sys.maxsize
+    used = first_width = sum(max(map(len, [title, *cells])) + 3 for title, cells in fixed.items())
+    tables = [list(fixed.items())]
+    for title, cells in shares:
+        width = max(map(len, [title, *cells])) + 3
+        if used + width > room and used > first_width:
+            tables.append(list(fixed.items()))
+            used = first_width
+        tables[-1].append((title, cells))
+        used += width
+    for columns in tables:
+        table = Table(box=SIMPLE if console.is_terminal else None, pad_edge=False)
+        for title, _ in columns:
+            table.add_column(Text(title), justify="right" if title else "left", no_wrap=True)
+        for line in zip(*(cells for _, cells in columns), strict=True):
+            table.add_row(*map(Text, line))
+        console.print(table, width=None if console.is_terminal else 100_000)
+
+
+def _percent(part: int, whole: int) -> str:
+    if part == 0:
+        return "0" if whole else "-"
+    return f"{100 * part / whole:.2f}" if part / whole >= 0.00005 else "<0.01"
+
+
+def _odd_values(classes: list[int], names: list[str] | None) -> str | None:
+    """Say what is odd about the mask values, before a training stumbles over it."""
+    from ml_src.core.data.files import MEND, listed
+
+    if len(classes) < 2 and not names:
+        return f"the masks hold {listed(classes)} and perhaps {IGNORED} only, but class 1 must have the value 1: {MEND}"
+    if names and classes[-1] >= len(names):
+        foreign = [value for value in classes if value >= len(names)]
+        return f"the masks have values [{listed(foreign, 10)}] but classes.txt names {len(names)} classes: {MEND}"
+    if not names and classes[-1] >= len(classes):
+        return f"the masks have values [{listed(classes, 10)}], but classes are counted 0, 1, 2, ...: {MEND}"
+    return None
+
+
+def _absent(rows: list[_Row], labels: list[str]) -> str | None:
+    """Name the classes that a test or val part has no pixel of: their score there will say nothing."""
+    from ml_src.core.data.files import listed
+
+    measured = [row for row in rows if not row.name.endswith("train") and row.num_images]
+    gaps = []
+    for index, label in enumerate(labels):
+        where = [row.name for row in measured if not row.pixels[index]]
+        if len(where) == len(measured):
+            where = ["any test or val part"]
+        if where:
+            gaps.append(f"{label} in {', '.join(where)}")
+    if not gaps:
+        return None
+    return f"no pixel of {listed(gaps, 10)}: such a class is not measured there (--stratified spreads rare classes)"

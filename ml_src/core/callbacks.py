@@ -1,0 +1,261 @@
+"""What happens around the steps: checkpoints, early stopping, TensorBoard, progress on the screen.
+
+A callback looks at the Training (`trainers/training.py`) and may set its `stop`; it never touches a gradient.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from ml_src.core.checkpoint import save_checkpoint
+from ml_src.core.config import Config, EarlyStopping, LrMonitor, ModelCheckpoint
+from ml_src.core.errors import ConfigError, TrainingError
+from ml_src.core.registry import suggest
+
+if TYPE_CHECKING:
+    from ml_src.core.trainers.training import Training
+
+log = logging.getLogger("ml_src")
+
+
+class Callback:
+    """Does nothing; each subclass says when it wants to be called."""
+
+    name = "callback"
+
+    def on_start(self, t: Training) -> None:
+        """Before the first step of this process, also after a resume."""
+
+    def on_step(self, t: Training, num_samples: int) -> None:
+        """After each optimizer step, over `num_samples` images."""
+
+    def on_epoch_end(self, t: Training) -> None:
+        """After validation; `t.metrics` are the epoch's."""
+
+    def on_end(self, t: Training) -> None:
+        """When the loop is left."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+
+
+def build_callbacks(config: Config, monitors: tuple[str, ...]) -> list[Callback]:
+    """Return the callbacks of a run, in the order in which they are called.
+
+    Raises: ConfigError for a metric that the task does not have.
+    """
+    sections = config.training.callbacks
+    for section in [*sections, config.scheduler]:
+        monitor = getattr(section, "monitor", None)
+        if monitor is not None and monitor not in monitors:
+            raise ConfigError(f"{section.type}.monitor: unknown metric {monitor!r}; {suggest(monitor, monitors)}")
+    best = next((section for section in sections if isinstance(section, ModelCheckpoint)), None)
+    callbacks: list[Callback] = [FiniteLoss()]
+    callbacks += [StopEarly(section) for section in sections if isinstance(section, EarlyStopping)]
+    callbacks.append(ProgressBar() if sys.stderr.isatty() else ProgressLines())
+    callbacks.append(TensorBoard(every_step=any(isinstance(section, LrMonitor) for section in sections)))
+    # last: what it writes holds the state of all others at the end of the epoch
+    callbacks.append(Checkpoints(best or ModelCheckpoint(type="model_checkpoint")))
+    return callbacks
+
+
+class FiniteLoss(Callback):
+    """Ends a run whose loss is no longer a number, before it overwrites a good checkpoint."""
+
+    name = "finite_loss"
+
+    def on_epoch_end(self, t: Training) -> None:
+        if not math.isfinite(t.metrics["train_loss"]):
+            raise TrainingError(
+                f"the training loss became {t.metrics['train_loss']} in epoch {t.progress.epoch} at learning rate "
+                f"{t.schedule.lr:g}: lower optimizer.lr tenfold or add gradient_clipping to training.callbacks; "
+                f"{t.run_dir / 'weights'} keeps the last good epoch"
+            )
+
+
+class StopEarly(Callback):
+    """`early_stopping`."""
+
+    name = "early_stopping"
+
+    def __init__(self, section: EarlyStopping) -> None:
+        self.section = section
+        self.best: float | None = None
+        self.num_bad_epochs = 0
+
+    def on_start(self, t: Training) -> None:
+        self._stop_if_over(t)
+
+    def on_epoch_end(self, t: Training) -> None:
+        value = t.metrics[self.section.monitor]
+        if self.section.is_better(value, self.best, self.section.min_delta):
+            self.best, self.num_bad_epochs = value, 0
+        else:
+            self.num_bad_epochs += 1
+        self._stop_if_over(t)
+
+    def _stop_if_over(self, t: Training) -> None:
+        if self.num_bad_epochs >= self.section.patience:
+            best = "" if self.best is None else f" over {self.best:.4f}"
+            t.stop = f"{self.section.monitor} has not improved{best} for {self.num_bad_epochs} epochs"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "num_bad_epochs": self.num_bad_epochs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.num_bad_epochs = state.get("best"), state.get("num_bad_epochs", 0)
+
+
+class Checkpoints(Callback):
+    """`weights/last.pt` after every epoch and when stopped, `weights/best.pt`, and the best k as `epoch_N.pt`."""
+
+    name = "model_checkpoint"
+
+    def __init__(self, section: ModelCheckpoint) -> None:
+        self.section = section
+        self.best: float | None = None
+        self.kept: list[list[float]] = []  # [value, epoch], best first
+
+    def on_epoch_end(self, t: Training) -> None:
+        value, epoch = t.metrics[self.section.monitor], t.progress.epoch
+        folder = t.run_dir / "weights"
+        is_best = self.section.is_better(value, self.best) or not (folder / "best.pt").exists()
+        if is_best:
+            self.best = None if math.isnan(value) else value
+        dropped = self._keep(value, epoch)
+        contents = t.checkpoint()
+        if is_best:
+            save_checkpoint(folder / "best.pt", contents)
+        if self.section.save_top_k > 1 and dropped != epoch:
+            save_checkpoint(folder / f"epoch_{epoch}.pt", contents)
+        save_checkpoint(folder / "last.pt", contents)
+        if dropped is not None:
+            (folder / f"epoch_{dropped}.pt").unlink(missing_ok=True)
+
+    def on_end(self, t: Training) -> None:
+        if t.interrupted:
+            save_checkpoint(t.run_dir / "weights" / "last.pt", t.checkpoint())
+
+    def _keep(self, value: float, epoch: int) -> int | None:
+        """Enter an epoch into the best k; return the one that falls out."""
+        place = next((i for i, (other, _) in enumerate(self.kept) if self.section.is_better(value, other)), None)
+        self.kept.insert(len(self.kept) if place is None else place, [value, epoch])
+        return int(self.kept.pop()[1]) if len(self.kept) > self.section.save_top_k else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "kept": self.kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.kept = state.get("best"), [list(pair) for pair in state.get("kept", [])]
+
+
+class TensorBoard(Callback):
+    """Losses, learning rate and scores per epoch, and a panel of image | truth | prediction."""
+
+    name = "tensorboard"
+
+    def __init__(self, every_step: bool) -> None:
+        self.every_step = every_step
+
+    def on_start(self, t: Training) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self.writer = SummaryWriter(t.run_dir / "tensorboard", purge_step=t.progress.step + 1)
+
+    def on_step(self, t: Training, num_samples: int) -> None:
+        if self.every_step:
+            self.writer.add_scalar("lr/step", t.schedule.lr, t.progress.step)
+
+    def on_epoch_end(self, t: Training) -> None:
+        step = t.progress.step
+        for key, value in t.metrics.items():
+            split, _, name = key.partition("_")
+            self.writer.add_scalar(f"{name}/{split}" if "/" not in name else f"{split}_{name}", value, step)
+        self.writer.add_scalar("lr/epoch", t.schedule.lr, step)
+        panel = t.task.panel(t.model, t.device)
+        self.writer.add_image("validation: image | truth | prediction", panel, step, dataformats="HWC")
+        self.writer.flush()
+
+    def on_end(self, t: Training) -> None:
+        self.writer.close()
+
+
+class ProgressLines(Callback):
+    """One line an epoch, and one every half minute within it: for logs and pipes."""
+
+    name = "progress"
+
+    def on_start(self, t: Training) -> None:
+        self.start = self.last_line = time.monotonic()
+        self.first_step, self.num_samples = t.progress.step, 0
+
+    def on_step(self, t: Training, num_samples: int) -> None:
+        self.num_samples += num_samples
+        if time.monotonic() - self.last_line > 30:
+            self._say(f"epoch {t.progress.epoch + 1}/{t.num_epochs}, batch {t.progress.batch}/{len(t.train_loader)}", t)
+
+    def on_epoch_end(self, t: Training) -> None:
+        scores = [f"{key} {t.metrics[key]:.4f}" for key in ("train_loss", "val_loss", "val_iou") if key in t.metrics]
+        self._say(f"epoch {t.progress.epoch}/{t.num_epochs}: " + ", ".join(scores), t)
+
+    def _say(self, what: str, t: Training) -> None:
+        self.last_line = time.monotonic()
+        log.info("%s, %.1f images/s, %s left", what, self._speed(), _duration(self._seconds_left(t)))
+
+    def _speed(self) -> float:
+        """Images per second since the start, validation included."""
+        return self.num_samples / max(time.monotonic() - self.start, 1e-9)
+
+    def _seconds_left(self, t: Training) -> float:
+        steps = -(-len(t.train_loader) // t.accumulation)
+        taken = t.progress.step - self.first_step
+        return (time.monotonic() - self.start) / max(taken, 1) * max(steps * t.num_epochs - t.progress.step, 0)
+
+
+class ProgressBar(ProgressLines):
+    """A moving bar on a terminal; the line of each finished epoch stays above it."""
+
+    def on_start(self, t: Training) -> None:
+        super().on_start(t)
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        columns = ["{task.description}", BarColumn(), "{task.completed}/{task.total}", "{task.fields[numbers]}"]
+        self.bar = Progress(
+            *[TextColumn(c) if isinstance(c, str) else c for c in columns],
+            console=Console(stderr=True),
+            transient=True,
+            redirect_stderr=True,
+            redirect_stdout=False,
+        )
+        self.bar.start()
+        self.line = self.bar.add_task("", total=len(t.train_loader), numbers="")
+
+    def on_step(self, t: Training, num_samples: int) -> None:
+        self.num_samples += num_samples
+        val = f", val_iou {t.metrics['val_iou']:.4f}" if "val_iou" in t.metrics else ""
+        self.bar.update(
+            self.line,
+            description=f"epoch {t.progress.epoch + 1}/{t.num_epochs}",
+            completed=t.progress.batch,
+            numbers=f"loss {t.progress.mean_loss():.4f}{val}, {self._speed():.1f} images/s, "
+            f"{_duration(self._seconds_left(t))} left",
+        )
+
+    def on_end(self, t: Training) -> None:
+        self.bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    """1:05:09 or 5:09."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,432 @@
+"""One validated, frozen object; the YAML file is its picture. Next to read: `config_file.py`, which reads it.
+
+Every key is declared here with its type, its range and what it does; `docs/configuration.md` and the JSON Schema are
+generated from these lines. Nothing here imports torch, so that a mistake is answered at once.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from ml_src.core.transform_specs import Normalize, Resize, Section, TrainTransform, ValTransform
+
+Positive = Annotated[int, Field(ge=1)]
+Mode = Literal["min", "max"]
+
+
+class DataConfig(Section):
+    """What is learned from."""
+
+    task: str = "segmentation"
+    """What is learned; `segmentation` is the one task so far."""
+    data_dir: str
+    """The folder that holds `images/`, `masks/` and `splits/`; relative to where the command is started."""
+    num_classes: Annotated[int, Field(ge=2, le=65535)]
+    """Number of classes, background included: mask values run from 0 to num_classes - 1."""
+    class_names: list[str] | None = None
+    """One name a class, in the order of the mask values; `class_0`, `class_1`, ... when left out."""
+    ignore_index: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """The mask value of unlabelled pixels: left out of loss, metrics and class weights."""
+    dataset_name: str | None = None
+    """Names the run folder; the name of data_dir when left out."""
+    splits_dir: str | None = None
+    """Where the index files of ml-split lie; `splits` inside data_dir when left out."""
+    fold: Annotated[int, Field(ge=0)] = 0
+    """Which fold of the cross-validation is held out for validation."""
+
+
+class ModelConfig(Section):
+    """The network."""
+
+    type: Literal["custom"] = "custom"
+    """`custom`: a network registered in MODEL_REGISTRY."""
+    custom_architecture: str = "simple_unet"
+    """A word of MODEL_REGISTRY; plugins can add to it."""
+    in_channels: Annotated[int, Field(ge=1)] = 3
+    """Channels of the input image: 3 reads images as RGB, 1 as grayscale."""
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+    """Channels of the output; must agree with data.num_classes, which is used when this is left out."""
+    base_channels: Positive = 64
+    """Width of the first level of simple_unet; each level down doubles it."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability with which a decoder feature is dropped during training."""
+
+
+class DiceBceConfig(Section):
+    """The two weights of `dice_bce_loss`."""
+
+    dice_weight: Annotated[float, Field(ge=0)] = 0.5
+    """Factor of the Dice loss."""
+    bce_weight: Annotated[float, Field(ge=0)] = 0.5
+    """Factor of the binary cross-entropy."""
+
+
+class FocalConfig(Section):
+    """The two parameters of `focal_loss` (Lin et al. 2017)."""
+
+    alpha: Annotated[float, Field(gt=0)] = 0.25
+    """Factor of the whole loss."""
+    gamma: Annotated[float, Field(ge=0)] = 2.0
+    """How much well classified pixels are played down; 0 is cross-entropy."""
+
+
+class LossConfig(Section):
+    """What is minimised."""
+
+    type: str = "dice_loss"
+    """`dice_loss`, `dice_bce_loss`, `iou_loss`, `cross_entropy`, `focal_loss`, or a loss that a plugin registers."""
+    class_weights: list[Annotated[float, Field(ge=0)]] | Literal["balanced"] | None = None
+    """One weight a class, or `balanced`: inversely proportional to the class's share of the training pixels."""
+    ignore_index: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Filled in from data.ignore_index, with which it must agree."""
+    dice_bce: DiceBceConfig = DiceBceConfig()
+    """Only for `dice_bce_loss`."""
+    focal: FocalConfig = FocalConfig()
+    """Only for `focal_loss`."""
+
+
+class Monitored(Section):
+    """A section that watches a metric."""
+
+    monitor: str = "val_iou"
+    """The metric: val_iou, val_dice, val_pixel_accuracy, val_loss, train_iou or train_loss."""
+    mode: Mode | None = None
+    """`max`: higher is better; `min`: lower is. Left out: `min` for losses, `max` for all else."""
+
+    def is_better(self, value: float, best: float | None, min_delta: float = 0.0) -> bool:
+        """Whether `value` beats `best` by more than `min_delta`; NaN never does, anything else beats None."""
+        if math.isnan(value) or best is None:
+            return not math.isnan(value)
+        mode = self.mode or ("min" if self.monitor.endswith("loss") else "max")
+        return value < best - min_delta if mode == "min" else value > best + min_delta
+
+
+class EarlyStopping(Monitored):
+    """Stop when a metric has not improved for a while."""
+
+    type: Literal["early_stopping"]
+    patience: Positive = 20
+    """Epochs without improvement after which training stops."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """The least change that counts as an improvement."""
+
+
+class ModelCheckpoint(Monitored):
+    """Keep the best epochs. `weights/best.pt` is always written and never removed."""
+
+    type: Literal["model_checkpoint"]
+    save_top_k: Annotated[int, Field(ge=0)] = 1
+    """How many of the best epochs are kept as `weights/epoch_N.pt` besides best.pt, when more than one."""
+
+
+class LrMonitor(Section):
+    """Write the learning rate of every optimizer step to TensorBoard (without it: once an epoch)."""
+
+    type: Literal["lr_monitor"]
+
+
+class GradientClipping(Section):
+    """Scale the gradient of a step down to a largest norm."""
+
+    type: Literal["gradient_clipping"]
+    max_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Largest L2 norm over all parameters."""
+
+
+CallbackConfig = Annotated[EarlyStopping | ModelCheckpoint | LrMonitor | GradientClipping, Field(discriminator="type")]
+
+
+class DPConfig(Section):
+    """Differential privacy."""
+
+    noise_multiplier: Annotated[float, Field(ge=0)] | None = None
+    """Standard deviation of the noise over the clip norm."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Norm to which each sample's gradient is clipped."""
+    target_epsilon: Annotated[float, Field(gt=0)] | None = None
+    """Privacy budget."""
+    target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Probability with which the budget may be exceeded; well below 1 / number of images."""
+
+
+class TrainingConfig(Section):
+    """How it is trained."""
+
+    trainer_type: Literal["standard", "mixed_precision", "accelerate", "dp", "federated"] = "standard"
+    """How one optimisation step runs."""
+    batch_size: Positive = 8
+    """Images a step (times gradient_accumulation_steps)."""
+    num_epochs: Positive = 100
+    """Passes over the training images."""
+    gradient_accumulation_steps: Positive = 1
+    """Batches whose gradients are averaged into one step."""
+    amp_dtype: Literal["float16", "bfloat16"] = "float16"
+    """The short number format of `mixed_precision`."""
+    device: str = "auto"
+    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
+    num_workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that read and augment images; 0 does it in the training process."""
+    pin_memory: bool = True
+    """Stage batches in page-locked memory for a GPU; no effect on a CPU."""
+    callbacks: list[CallbackConfig] = []
+    """early_stopping, model_checkpoint, lr_monitor, gradient_clipping; each at most once."""
+    dp: DPConfig | None = None
+    """Only for trainer_type `dp`."""
+
+
+class Adam(Section):
+    """Kingma and Ba 2015."""
+
+    type: Literal["adam"] = "adam"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """L2 penalty, added to the gradient."""
+
+
+class AdamW(Section):
+    """Loshchilov and Hutter 2019."""
+
+    type: Literal["adamw"]
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled from the gradient."""
+
+
+class SGD(Section):
+    """Stochastic gradient descent with Nesterov momentum."""
+
+    type: Literal["sgd"]
+    lr: Annotated[float, Field(gt=0)] = 1e-2
+    """Learning rate."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Share of the last step that is kept."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """L2 penalty, added to the gradient."""
+
+
+class RMSprop(Section):
+    """Tieleman and Hinton 2012."""
+
+    type: Literal["rmsprop"]
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the last step that is kept."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """L2 penalty, added to the gradient."""
+
+
+class Schedule(Section):
+    """What every schedule of the learning rate has. Steps are optimizer steps; lengths are in epochs."""
+
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    """The learning rate rises linearly over these epochs; the schedule itself begins after them."""
+
+
+class NoSchedule(Schedule):
+    """A constant learning rate."""
+
+    type: Literal["none"] = "none"
+
+
+class StepSchedule(Schedule):
+    """Multiply the learning rate every few epochs."""
+
+    type: Literal["step"]
+    step_size: Positive = 30
+    """Epochs between two drops."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Factor of each drop."""
+
+
+class CosineSchedule(Schedule):
+    """Half a cosine from lr down to eta_min (Loshchilov and Hutter 2017, without restarts)."""
+
+    type: Literal["cosine"]
+    T_max: Positive | None = None
+    """Epochs to the minimum; what num_epochs leaves after the warm-up when left out. It stays there afterwards."""
+    eta_min: Annotated[float, Field(ge=0)] = 0.0
+    """Last learning rate."""
+
+
+class PolySchedule(Schedule):
+    """lr * (1 - progress) ** power, as in DeepLab."""
+
+    type: Literal["poly"]
+    power: Annotated[float, Field(gt=0)] = 0.9
+    """1 is a straight line."""
+
+
+class PlateauSchedule(Schedule, Monitored):
+    """Lower the learning rate when a metric stops improving."""
+
+    type: Literal["plateau"]
+    monitor: str = "val_loss"
+    """The metric that is watched; as for the callbacks."""
+    patience: Positive = 10
+    """Epochs without improvement before a drop."""
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Factor of each drop."""
+
+
+class OneCycleSchedule(Schedule):
+    """Up to lr and down again over the whole training (Smith and Topin 2018)."""
+
+    type: Literal["one_cycle"]
+    pct_start: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Share of the training in which the learning rate rises."""
+
+
+class TransformsConfig(Section):
+    """What happens to a sample. All geometry of a list becomes one resampling."""
+
+    train: list[TrainTransform] | None = None
+    """In order. Left out: normalize with the ImageNet statistics."""
+    val: list[ValTransform] | None = None
+    """Validation, test and prediction: resize and normalize only. Left out: those of `train`."""
+
+
+def _default_type(word: str) -> BeforeValidator:
+    """A section chosen by `type` may leave it out."""
+    return BeforeValidator(lambda raw: {"type": word, **raw} if isinstance(raw, dict) else raw)
+
+
+class Config(Section):
+    """A whole training: data, network, loss, training, optimizer, learning-rate schedule and transforms."""
+
+    seed: Annotated[int, Field(ge=0)] = 42
+    """All randomness (weights, order, augmentation) is a function of it."""
+    deterministic: bool = False
+    """Also forbid the few GPU operations whose result varies from run to run (slower)."""
+    run_name: str | None = None
+    """Names the run folder instead of the data set: runs/<run_name>_fold_<fold>."""
+    plugins: list[str] = []
+    """Python files that register own models or losses; imported before training. Relative to where you start."""
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    training: TrainingConfig = TrainingConfig()
+    optimizer: Annotated[
+        Annotated[Adam | AdamW | SGD | RMSprop, Field(discriminator="type")], _default_type("adam")
+    ] = Adam()
+    scheduler: Annotated[
+        Annotated[
+            NoSchedule | StepSchedule | CosineSchedule | PolySchedule | PlateauSchedule | OneCycleSchedule,
+            Field(discriminator="type"),
+        ],
+        _default_type("none"),
+    ] = NoSchedule()
+    transforms: TransformsConfig = TransformsConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, raw: Any) -> Any:
+        """One value said in two places is the same value; said in one, it holds for the other."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("data"), dict):
+            return raw
+        raw = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()}
+        data = raw["data"]
+        for key in ("num_workers", "pin_memory"):  # the guide has them under training, older files under data
+            _move(data, raw.setdefault("training", {}), key)
+        for section, key in (("model", "num_classes"), ("loss", "ignore_index")):
+            target = raw.setdefault(section, {})
+            if isinstance(target, dict) and target.get(key) is None and data.get(key) is not None:
+                target[key] = data[key]
+        return raw
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Config":
+        data, names = self.data, self.data.class_names
+        problems = []
+        if self.model.num_classes != data.num_classes:
+            problems.append(f"model.num_classes is {self.model.num_classes} but data.num_classes is {data.num_classes}")
+        if self.loss.ignore_index != data.ignore_index:
+            problems.append(
+                f"loss.ignore_index is {self.loss.ignore_index} but data.ignore_index is {data.ignore_index}: "
+                "set it under data only"
+            )
+        if names is not None and len(names) != data.num_classes:
+            problems.append(f"data.class_names has {len(names)} names but data.num_classes is {data.num_classes}")
+        weights = self.loss.class_weights
+        if isinstance(weights, list) and len(weights) != data.num_classes:
+            problems.append(f"loss.class_weights has {len(weights)} values but data.num_classes is {data.num_classes}")
+        words = [callback.type for callback in self.training.callbacks]
+        problems += [
+            f"training.callbacks has {word} twice" for word in sorted({w for w in words if words.count(w) > 1})
+        ]
+        for split in ("train", "val"):
+            for spec in getattr(self.transforms, split) or []:
+                if isinstance(spec, Normalize):
+                    for key in ("mean", "std"):
+                        if len(getattr(spec, key)) not in (1, self.model.in_channels):
+                            problems.append(
+                                f"transforms.{split}: normalize.{key} has {len(getattr(spec, key))} values but "
+                                f"model.in_channels is {self.model.in_channels}"
+                            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    # What follows from the keys, said in one place.
+
+    @property
+    def dataset_name(self) -> str:
+        """`data.dataset_name`, or the name of the data folder."""
+        return self.data.dataset_name or Path(self.data.data_dir).resolve().name
+
+    @property
+    def run_dir(self) -> Path:
+        """`runs/<run_name or dataset>_fold_<k>`."""
+        return Path("runs") / f"{self.run_name or self.dataset_name}_fold_{self.data.fold}"
+
+    @property
+    def splits_dir(self) -> Path:
+        """Where the index files lie."""
+        return Path(self.data.splits_dir) if self.data.splits_dir else Path(self.data.data_dir) / "splits"
+
+    @property
+    def class_names(self) -> list[str]:
+        """One name a class."""
+        return self.data.class_names or [f"class_{index}" for index in range(self.data.num_classes)]
+
+    @property
+    def ignore_index(self) -> int:
+        """The value that loss and metric pass over: the declared one, else one that no class can have.
+
+        Also the value of what a transform brings in from outside the image.
+        """
+        if self.data.ignore_index is not None:
+            return self.data.ignore_index
+        return 255 if self.data.num_classes <= 255 else 65535
+
+    @property
+    def max_norm(self) -> float | None:
+        """Of gradient_clipping, or None: clipping is part of the step, not of a callback."""
+        return next((c.max_norm for c in self.training.callbacks if isinstance(c, GradientClipping)), None)
+
+    @property
+    def train_transforms(self) -> list[TrainTransform]:
+        """`transforms.train`, or the normalisation alone."""
+        if self.transforms.train is not None:
+            return self.transforms.train
+        if self.model.in_channels == 3:  # the statistics of ImageNet, near those of most photographs
+            return [Normalize(type="normalize", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])]
+        return [Normalize(type="normalize", mean=[0.5], std=[0.25])]
+
+    @property
+    def val_transforms(self) -> list[ValTransform]:
+        """`transforms.val`, or what is not random in `transforms.train`."""
+        if self.transforms.val is not None:
+            return self.transforms.val
+        return [spec for spec in self.train_transforms if isinstance(spec, Resize | Normalize)]
+
+
+def _move(source: dict[str, Any], target: Any, key: str) -> None:
+    if key in source and isinstance(target, dict):
+        value = source.pop(key)
+        if target.setdefault(key, value) != value:
+            raise ValueError(f"data.{key} is {value} but training.{key} is {target[key]}: set it under training only")

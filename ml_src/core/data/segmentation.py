@@ -1,0 +1,59 @@
+"""SegmentationDataset: image/mask pairs, read and transformed. Next to read: `loaders.py`, which makes batches."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from ml_src.core.data.files import Pair, read_image, read_mask
+from ml_src.core.transforms import Pipeline
+
+
+class SampleKey(NamedTuple):
+    """Which sample, and when: all that its augmentation depends on, besides the seed."""
+
+    sample: int
+    epoch: int = 0
+    batch: int = 0
+
+
+class Sample(NamedTuple):
+    """One image and its mask, as the loader's workers hand them over."""
+
+    image: NDArray[np.uint8]  # (h, w, C), transformed
+    mask: NDArray[Any] | None  # (h, w), transformed; None where there is none
+    size: tuple[int, int]  # height, width of the file, before the transforms
+
+
+class SegmentationDataset(Dataset[Sample]):
+    """Reads pair i and transforms it; the draw is a pure function of (seed, epoch, i), whatever worker does it.
+
+    `with_masks=False` leaves the masks unread (prediction).
+    """
+
+    def __init__(
+        self, pairs: Sequence[Pair], transforms: Pipeline, channels: int, seed: int, with_masks: bool = True
+    ) -> None:
+        self.images = np.array([str(pair.image) for pair in pairs])  # arrays: nothing for a worker to copy by touching
+        self.masks = np.array([str(pair.mask) for pair in pairs]) if with_masks else None
+        self.transforms, self.channels, self.seed = transforms, channels, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        image = read_image(Path(self.images[key.sample]), self.channels)
+        mask = None if self.masks is None else read_mask(Path(self.masks[key.sample]))
+        size = (image.shape[0], image.shape[1])
+        sample_rng = _generator(self.seed, 0, key.epoch, key.sample)
+        batch_rng = _generator(self.seed, 1, key.epoch, key.batch)
+        image, mask = self.transforms(image, mask, sample_rng, batch_rng)
+        return Sample(image, mask, size)
+
+
+def _generator(seed: int, stream: int, epoch: int, number: int) -> np.random.Generator:
+    """A generator that is a function of its arguments, not of what was drawn before."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, epoch, number))))

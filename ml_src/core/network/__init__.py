@@ -1,0 +1,24 @@
+"""From the config's `model:` section to a network. Next to read: `custom.py`."""
+
+from torch import nn
+
+from ml_src.core.config import ModelConfig
+from ml_src.core.errors import ConfigError
+from ml_src.core.network.custom import MODEL_REGISTRY
+from ml_src.core.registry import lookup
+
+
+def build_model(config: ModelConfig) -> nn.Module:
+    """Build the network that `config` names, with fresh weights from torch's global generator.
+
+    Raises: ConfigError for an unknown architecture, or one that refuses the section's values.
+    """
+    architecture = lookup(MODEL_REGISTRY, config.custom_architecture, "model.custom_architecture")
+    arguments = config.model_dump(exclude={"type", "custom_architecture"})
+    try:
+        return architecture(**arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"model.custom_architecture {config.custom_architecture!r} cannot be built from {sorted(arguments)}: "
+            f"{error}; give its __init__ a **kwargs for what it does not use"
+        ) from error

@@ -1,0 +1,62 @@
+"""Label maps as colours: the palette, overlays on the image, and image | truth | prediction side by side."""
+
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Image = NDArray[np.uint8]
+
+# Paul Tol's "bright" scheme behind a black class 0: told apart also by readers who do not see all colours.
+_BRIGHT = ((0, 0, 0), (238, 102, 119), (34, 136, 51), (68, 119, 170), (204, 187, 68), (102, 204, 238), (170, 51, 119))
+_IGNORED = (187, 187, 187)
+
+
+def palette(num_colors: int = 256) -> Image:
+    """Return (num_colors, 3) RGB colours; those of the first classes do not depend on how many there are."""
+    golden = (np.arange(num_colors) * 0.618034) % 1.0  # neighbours in number are far apart in hue
+    hsv = np.stack([golden * 179, np.full(num_colors, 150), 160 + 80 * (np.arange(num_colors) % 2)], axis=1)
+    colors = cv2.cvtColor(hsv.astype(np.uint8)[None], cv2.COLOR_HSV2RGB)[0]
+    known = min(num_colors, len(_BRIGHT))
+    colors[:known] = _BRIGHT[:known]
+    return np.asarray(colors, np.uint8)
+
+
+def colorize(labels: NDArray[Any], ignore_index: int | None = None) -> Image:
+    """Return labels (H, W) as RGB (H, W, 3); ignored pixels are gray."""
+    colors = palette(max(256, int(labels.max(initial=0)) + 1))
+    picture = colors[labels]
+    if ignore_index is not None:
+        picture[labels == ignore_index] = _IGNORED
+    return np.asarray(picture, np.uint8)
+
+
+def overlay(image: Image, labels: NDArray[Any], strength: float = 0.35) -> Image:
+    """Draw labels (H, W) over an image (H, W, 1 or 3): a tint inside each region and a line at its border.
+
+    Class 0 is left as it is.
+    """
+    picture = as_rgb(image).copy()
+    colors = palette(max(256, int(labels.max(initial=0)) + 1))[labels]
+    inside = labels > 0
+    tinted = cv2.addWeighted(picture, 1 - strength, np.asarray(colors, np.uint8), strength, 0)
+    picture[inside] = tinted[inside]
+    small = labels.astype(np.uint16)
+    edge = cv2.morphologyEx(small, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
+    picture[edge & inside] = colors[edge & inside]
+    return picture
+
+
+def side_by_side(image: Image, *label_maps: NDArray[Any], ignore_index: int | None = None) -> Image:
+    """Return the image and its label maps in one row, with a white line between."""
+    line = np.full((image.shape[0], 4, 3), 255, np.uint8)
+    parts = [as_rgb(image)]
+    for labels in label_maps:
+        parts += [line, colorize(labels, ignore_index)]
+    return np.concatenate(parts, axis=1)
+
+
+def as_rgb(image: Image) -> Image:
+    """Return (H, W, 3): gray is repeated; of more than three channels the first three are shown."""
+    return np.repeat(image, 3, axis=2) if image.shape[2] < 3 else image[:, :, :3]

@@ -1,0 +1,217 @@
+"""ml-init-config: looks at a folder of images and masks and writes a configuration that says why each value is there."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import yaml
+
+from ml_src.core.config import Config
+from ml_src.core.config_file import parse_config
+from ml_src.core.data import checks, splits
+from ml_src.core.data.files import Pair, class_names_of, find_pairs, image_info, read_image
+from ml_src.core.errors import DataError
+
+IGNORE = 255
+MAX_SIDE = 512
+STATISTICS_IMAGES = 200
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a data set is like."""
+
+    data_dir: Path
+    num_images: int
+    num_training: int  # about, in a fold
+    sizes: list[tuple[int, int]]  # height, width of each image
+    channels: int
+    mean: list[float]  # per channel, 0..1
+    std: list[float]
+    class_names: list[str]
+    named: bool  # the names come from classes.txt
+    shares: list[float]  # of the labelled pixels, per class
+    ignored: float  # share of the pixels with value 255
+    folds: int  # 0: not split yet
+
+
+def describe(data_dir: Path) -> Description:
+    """Read every mask, every image's header and the pixels of up to 200 images.
+
+    Raises: DataError where the folder is not a data set that can be trained on.
+    """
+    pairs = find_pairs(data_dir / "images", data_dir / "masks")
+    splits_dir = data_dir / "splits"
+    facts = checks.scan(pairs, splits.cache_path(splits_dir) if splits_dir.is_dir() else None)
+    infos = [image_info(pair.image) for pair in pairs]
+    deep = next((pair for pair, info in zip(pairs, infos, strict=True) if info.bits != 8), None)
+    if deep is not None:
+        raise DataError(f"{deep.image} is not an 8-bit image: convert it to 8 bits per channel")
+    names = class_names_of(data_dir)
+    values = set().union(*(fact.counts for fact in facts))
+    ignored = IGNORE in values and len(names or ()) <= IGNORE
+    largest = max((value for value in values if not (ignored and value == IGNORE)), default=0)
+    num_classes = len(names) if names else largest + 1
+    if num_classes < 2:
+        mend = (
+            "they look like 0/255 masks, where 255 stands for class 1: run ml-check DATA --fix"
+            if ignored
+            else ("draw at least one class besides the background")
+        )
+        raise DataError(f"the masks in {data_dir / 'masks'} hold only the values {sorted(values)}: {mend}")
+    checks.check_masks(pairs, facts, num_classes, IGNORE if ignored else None)
+    counts = checks.class_counts(facts, num_classes, IGNORE if ignored else None)
+    pixels = sum(sum(fact.counts.values()) for fact in facts)
+    channels = 3 if any(info.channels == 3 for info in infos) else 1
+    mean, std = channel_statistics(pairs, channels)
+    folds = len(list(splits_dir.glob("fold_*_train_images.txt")))
+    return Description(
+        data_dir=data_dir,
+        num_images=len(pairs),
+        num_training=len(splits.read_split(splits_dir, data_dir, "fold_0_train")) if folds else len(pairs) * 2 // 3,
+        sizes=[(info.height, info.width) for info in infos],
+        channels=channels,
+        mean=mean,
+        std=std,
+        class_names=names or ["background", *(f"class_{index}" for index in range(1, num_classes))],
+        named=bool(names),
+        shares=[count / max(sum(counts), 1) for count in counts],
+        ignored=1 - sum(counts) / pixels if ignored else 0.0,
+        folds=folds,
+    )
+
+
+def channel_statistics(pairs: Sequence[Pair], channels: int) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation per channel, in units of the full range, over at most 200 images."""
+    chosen = np.unique(np.linspace(0, len(pairs) - 1, STATISTICS_IMAGES).astype(int))
+    histogram = np.zeros((channels, 256), np.int64)  # exact, and as small for a thousand images as for one
+    for index in chosen:
+        image = read_image(pairs[index].image, channels)
+        for channel in range(channels):
+            histogram[channel] += np.bincount(image[..., channel].ravel(), minlength=256)
+    levels = np.arange(256) / 255
+    share = histogram / histogram.sum(axis=1, keepdims=True)
+    mean = share @ levels
+    std = np.sqrt(np.maximum(share @ levels**2 - mean**2, 0))
+    return [round(float(m), 4) for m in mean], [round(max(float(s), 0.001), 4) for s in std]
+
+
+def choose(data: Description, overrides: Mapping[str, Any]) -> tuple[Config, dict[str, str]]:
+    """Return a configuration for the data set, and for each key that was chosen the reason why."""
+    gpu = shutil.which("nvidia-smi") is not None
+    height, width = training_size(data.sizes)
+    same = len(set(data.sizes)) == 1
+    batch = int(np.clip(data.num_training // 10, 2, 8))
+    rarest = min(share for share in data.shares if share > 0)
+    raw: dict[str, Any] = {
+        "data": {
+            "task": "segmentation",
+            "data_dir": data.data_dir.as_posix(),
+            "num_classes": len(data.class_names),
+            "class_names": data.class_names,
+            "fold": 0,
+        },
+        "model": {
+            "type": "custom",
+            "custom_architecture": "simple_unet",
+            "in_channels": data.channels,
+            "num_classes": len(data.class_names),
+            "base_channels": 64 if gpu else 16,
+            "dropout": 0.1,
+        },
+        "loss": {"type": "dice_bce_loss", "dice_bce": {"dice_weight": 0.7, "bce_weight": 0.3}},
+        "training": {
+            "trainer_type": "standard",
+            "batch_size": batch,
+            "num_epochs": 100,
+            "num_workers": 4 if gpu else 2,
+            "callbacks": [
+                {"type": "early_stopping", "monitor": "val_iou", "patience": 20, "mode": "max"},
+                {"type": "model_checkpoint", "monitor": "val_iou", "mode": "max"},
+            ],
+        },
+        "optimizer": {"type": "adam", "lr": 0.001},
+        "scheduler": {"type": "cosine"},
+        "transforms": {
+            "train": [
+                {"type": "resize", "size": [height, width]},
+                {"type": "random_horizontal_flip", "p": 0.5},
+                {"type": "random_vertical_flip", "p": 0.5},
+                {"type": "random_rotation", "degrees": 15},
+                {"type": "random_brightness_contrast", "brightness": 0.2, "contrast": 0.2},
+                {"type": "normalize", "mean": data.mean, "std": data.std},
+            ],
+            "val": [
+                {"type": "resize", "size": [height, width]},
+                {"type": "normalize", "mean": data.mean, "std": data.std},
+            ],
+        },
+    }
+    if data.ignored:
+        raw["data"]["ignore_index"] = IGNORE
+    smallest, largest = min(data.sizes), max(data.sizes)
+    reasons = {
+        "data.num_classes": "from classes.txt" if data.named else "largest value in the masks, plus one",
+        "data.class_names": "from classes.txt" if data.named else "write your own, or put them into classes.txt",
+        "data.ignore_index": f"{data.ignored:.1%} of the mask pixels have this value: taken as unlabelled",
+        "data.fold": f"one of {data.folds}; ml-train --fold K trains another" if data.folds else "run ml-split first",
+        "model.in_channels": "the images are in colour" if data.channels == 3 else "the images are gray",
+        "model.base_channels": "the full width: there is a GPU"
+        if gpu
+        else "a quarter of the full width (64), which trains about ten times as fast: there is no GPU here",
+        "loss.type": f"Dice minds the rarest class ({rarest:.1%} of the pixels), BCE steadies it",
+        "training.batch_size": f"about ten steps or more an epoch, of {data.num_training} training images",
+        "training.num_epochs": "at most: early_stopping ends it sooner",
+        "transforms.train": "in order; all geometry together is one resampling",
+        "transforms.train.resize": f"all images have this size, {smallest[0]}x{smallest[1]}"
+        if same and smallest == (height, width)
+        else f"images are {smallest[0]}x{smallest[1]} to {largest[0]}x{largest[1]}; predictions are scaled back",
+        "transforms.train.random_vertical_flip": "remove it where up and down differ, as in street scenes",
+        "transforms.train.normalize": "mean and standard deviation of these images",
+    }
+    return parse_config(raw, overrides, source="the command line"), reasons
+
+
+def training_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the median height and width, at most 512 on the longer side, in multiples of 16 where they vary."""
+    height, width = (float(median(size[axis] for size in sizes)) for axis in (0, 1))
+    shrink = min(1.0, MAX_SIDE / max(height, width))
+    if shrink == 1.0 and len(set(sizes)) == 1:
+        return sizes[0]
+    return max(16, round(height * shrink / 16) * 16), max(16, round(width * shrink / 16) * 16)
+
+
+def starter_yaml(config: Config, reasons: Mapping[str, str], schema_name: str) -> str:
+    """Return the configuration as YAML, each chosen value with its reason behind it."""
+    plain = config.model_dump(mode="json", exclude_unset=True)
+    plain.get("loss", {}).pop("ignore_index", None)
+    lines = [f"# yaml-language-server: $schema={schema_name}"]
+    lines.append(f"# Written by ml-init-config from {config.data.data_dir}. docs/configuration.md lists every key.")
+    for section, values in plain.items():
+        if not isinstance(values, dict):
+            lines.append(f"{section}: {_inline(values)}")
+            continue
+        lines += ["", f"{section}:"]
+        for key, value in values.items():
+            lines += _entry(f"{section}.{key}", key, value, reasons)
+    return "\n".join(lines) + "\n"
+
+
+def _entry(path: str, key: str, value: Any, reasons: Mapping[str, str]) -> list[str]:
+    reason = f"  # {reasons[path]}" if path in reasons else ""
+    if not (isinstance(value, list) and value and isinstance(value[0], dict)):
+        return [f"  {key}: {_inline(value)}{reason}"]
+    lines = [f"  {key}:{reason}"]
+    for item in value:
+        why = reasons.get(f"{path}.{item['type']}")
+        lines.append(f"    - {_inline(item)}" + (f"  # {why}" if why else ""))
+    return lines
+
+
+def _inline(value: Any) -> str:
+    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000, allow_unicode=True)
+    return text.strip().removesuffix("\n...").strip()

@@ -1,0 +1,78 @@
+"""What a task must offer, so that the loop, the callbacks and the commands can train it without naming it.
+
+Next to read: `segmentation.py`, the one task so far. A second one is a class here, a dataset and a metric.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ml_src.core.config import Config
+from ml_src.core.data.loaders import Batch, Loader
+from ml_src.core.pictures import Image
+from ml_src.core.registry import lookup
+from ml_src.core.tasks.segmentation import Segmentation
+
+
+class Metric(Protocol):
+    """Counts over a data set."""
+
+    counts: Tensor
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Count one batch."""
+
+    def compute(self) -> dict[str, float]:
+        """Return the values so far; names with a "/" are per class."""
+
+
+class Task(Protocol):
+    """Datasets, criterion, metric, prediction and picture of one kind of problem."""
+
+    monitors: tuple[str, ...]
+
+    def num_images(self, split: str) -> int:
+        """How many images a split has."""
+
+    def check_data(self) -> None:
+        """Raise DataError where the data of the fold cannot be trained on."""
+
+    def loader(self, split: str, training: bool = False, pin_memory: bool = False) -> Loader:
+        """Batches of `train`, `val` or `test`; with `training` shuffled and augmented."""
+
+    def criterion(self) -> nn.Module:
+        """The loss."""
+
+    def prepare(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Move a batch to the device and normalise it there."""
+
+    def metric(self, device: torch.device) -> Metric:
+        """A fresh metric."""
+
+    def predict(self, model: nn.Module, split: str, device: torch.device) -> Iterator[Any]:
+        """Predict the images of a split at their own sizes."""
+
+    def measure(self, predictions: Iterator[Any]) -> dict[str, Any]:
+        """Return the scores of predictions as plain data."""
+
+    def results(self, title: str, report: dict[str, Any]) -> str:
+        """Return what `measure` found as the text that is printed."""
+
+    def findings(self, metrics: dict[str, float], reports: dict[str, dict[str, Any]]) -> list[str]:
+        """Return, in plain words, what the numbers show to be wrong and what to try."""
+
+    def panel(self, model: nn.Module, device: torch.device) -> Image:
+        """Return a picture of a few fixed validation samples with truth and prediction."""
+
+
+TASKS: dict[str, Callable[[Config], Task]] = {"segmentation": Segmentation}
+
+
+def task_for(config: Config) -> Task:
+    """Return the task that `data.task` names.
+
+    Raises: ConfigError for an unknown one.
+    """
+    return lookup(TASKS, config.data.task, "data.task")(config)

@@ -1,0 +1,306 @@
+"""What segmentation means: pairs of image and mask in, a label map out, scores from one confusion matrix."""
+
+import math
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ml_src.core.config import Config
+from ml_src.core.data import checks, splits
+from ml_src.core.data.files import Pair, read_mask
+from ml_src.core.data.loaders import Batch, Loader
+from ml_src.core.data.segmentation import SampleKey, SegmentationDataset
+from ml_src.core.errors import DataError
+from ml_src.core.losses import build_loss
+from ml_src.core.losses.segmentation import balanced_weights
+from ml_src.core.metrics.segmentation import ConfusionMatrix, summarize
+from ml_src.core.pictures import Image, side_by_side
+from ml_src.core.transform_specs import Resize
+from ml_src.core.transforms import build_transforms
+
+PANEL_ROWS = 4
+
+
+class Prediction(NamedTuple):
+    """One image's label map, and how it compares with the truth."""
+
+    pair: Pair
+    labels: NDArray[np.uint16]  # (H, W), the size of the file
+    matrix: NDArray[np.int64]  # (C, C)
+
+
+class SegmentationMetric:
+    """The confusion matrix of all batches so far, and the scores that follow from it."""
+
+    def __init__(self, class_names: list[str], ignore_index: int, device: torch.device) -> None:
+        self.class_names, self.ignore_index = class_names, ignore_index
+        self.confusion = ConfusionMatrix(len(class_names), ignore_index, device)
+
+    @property
+    def counts(self) -> Tensor:
+        """The matrix (C, C) int64 as a tensor: what a checkpoint keeps in the middle of an epoch."""
+        return self.confusion.counts
+
+    @counts.setter
+    def counts(self, counts: Tensor) -> None:
+        self.confusion.counts = counts
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Count logits (N, C, H, W) against masks (N, H, W)."""
+        self.confusion.update(outputs.argmax(dim=1), targets)
+
+    def compute(self) -> dict[str, float]:
+        """Return iou, dice, pixel_accuracy, and iou/<class>, dice/<class>; NaN for an absent class."""
+        scores = summarize(self.confusion.matrix, self.ignore_index)
+        values = {key: scores[key] for key in ("iou", "dice", "pixel_accuracy")}
+        for key in ("iou", "dice"):
+            for name, value in zip(self.class_names, scores[f"{key}_per_class"], strict=True):
+                values[f"{key}/{name}"] = math.nan if value is None else value
+        return values
+
+
+class Segmentation:
+    """The task `segmentation` of a configuration."""
+
+    monitors = (
+        "val_iou", "val_dice", "val_pixel_accuracy", "val_loss",
+        "train_iou", "train_dice", "train_pixel_accuracy", "train_loss",
+    )  # fmt: skip
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.data_dir = Path(config.data.data_dir)
+        self.class_names = config.class_names
+        self.ignore_index = config.ignore_index
+        self.train_transforms = build_transforms(config.train_transforms, config.ignore_index)
+        self.val_transforms = build_transforms(config.val_transforms, config.ignore_index)
+
+    def pairs(self, split: str) -> list[Pair]:
+        """Return the image/mask pairs of `train`, `val` or `test` from the index files of the fold."""
+        name = split if split == "test" else f"fold_{self.config.data.fold}_{split}"
+        return splits.read_split(self.config.splits_dir, self.data_dir, name)
+
+    def num_images(self, split: str) -> int:
+        """Return how many images a split has."""
+        return len(self.pairs(split))
+
+    @cached_property
+    def _facts(self) -> dict[str, list[checks.MaskFacts]]:
+        """What the masks of the fold hold; read in parallel, once, and kept beside the index files."""
+        parts = {split: self.pairs(split) for split in ("train", "val")}
+        cache = splits.cache_path(self.config.splits_dir)
+        facts = iter(checks.scan([pair for pairs in parts.values() for pair in pairs], cache))
+        return {split: [next(facts) for _ in pairs] for split, pairs in parts.items()}
+
+    def check_data(self) -> None:
+        """Check every mask of the fold against the mask rules.
+
+        Raises: DataError that names the files.
+        """
+        data = self.config.data
+        pairs = [pair for split in self._facts for pair in self.pairs(split)]
+        facts = [fact for split in self._facts.values() for fact in split]
+        checks.check_masks(pairs, facts, data.num_classes, data.ignore_index)
+
+    def loader(self, split: str, training: bool = False, pin_memory: bool = False) -> Loader:
+        """Return the batches of a split."""
+        settings = self.config.training
+        dataset = SegmentationDataset(
+            self.pairs(split),
+            self.train_transforms if training else self.val_transforms,
+            self.config.model.in_channels,
+            self.config.seed,
+        )
+        return Loader(
+            dataset,
+            batch_size=settings.batch_size,
+            seed=self.config.seed,
+            shuffle=training,
+            num_workers=settings.num_workers,
+            pin_memory=pin_memory,
+            ignore_index=self.ignore_index,
+        )
+
+    def criterion(self) -> nn.Module:
+        """Return the loss, with `balanced` turned into the weights of the training masks."""
+        loss = self.config.loss
+        if loss.class_weights == "balanced":
+            counts = checks.class_counts(self._facts["train"], self.config.data.num_classes, self.ignore_index)
+            loss = loss.model_copy(update={"class_weights": balanced_weights(counts)})
+        return build_loss(loss.model_copy(update={"ignore_index": self.ignore_index}))
+
+    def prepare(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return images (N, C, H, W), normalised float32, and masks (N, H, W) int64, on the device."""
+        assert batch.masks is not None
+        return self._normalize(batch.images, device), batch.masks.to(device, non_blocking=True).long()
+
+    def _normalize(self, images: Tensor, device: torch.device) -> Tensor:
+        transforms = self.val_transforms
+        mean = torch.tensor(transforms.mean, device=device).view(1, -1, 1, 1) * 255
+        std = torch.tensor(transforms.std, device=device).view(1, -1, 1, 1) * 255
+        return (images.to(device, non_blocking=True).float() - mean) / std
+
+    def metric(self, device: torch.device) -> SegmentationMetric:
+        """Return a metric that has counted nothing."""
+        return SegmentationMetric(self.class_names, self.ignore_index, device)
+
+    @torch.inference_mode()
+    def predict(self, model: nn.Module, split: str, device: torch.device) -> Iterator[Prediction]:
+        """Predict the images of a split, each at the size of its file, and count them against their masks.
+
+        The logits, at the size of the validation transforms, are enlarged (bilinear) before the argmax.
+        """
+        model.eval()
+        loader = self.loader(split)
+        pairs = iter(self.pairs(split))
+        for batch in loader.epoch():
+            for logits, size in zip(model(self._normalize(batch.images, device)), batch.sizes, strict=True):
+                pair = next(pairs)
+                labels = self._labels(logits, size)
+                truth = read_mask(pair.mask)
+                if truth.shape != size:
+                    raise DataError(
+                        f"{pair.mask} is {truth.shape[0]}x{truth.shape[1]} but {pair.image} is {size[0]}x{size[1]}: "
+                        "make the mask again from the image at this size"
+                    )
+                confusion = ConfusionMatrix(len(self.class_names), self.ignore_index)
+                confusion.update(labels, truth)
+                yield Prediction(pair, labels, confusion.matrix)
+
+    def _labels(self, logits: Tensor, size: tuple[int, int]) -> NDArray[np.uint16]:
+        """Logits (C, h, w) to labels (H, W): without the filling of the batch, at the size of the file."""
+        sizes = [spec.size for spec in self.config.val_transforms if isinstance(spec, Resize)]
+        height, width = sizes[-1] if sizes else size
+        logits = F.interpolate(
+            logits[None, :, :height, :width].float(), size=size, mode="bilinear", align_corners=False
+        )
+        return np.asarray(logits[0].argmax(dim=0).cpu().numpy(), np.uint16)
+
+    def measure(self, predictions: Iterable[Prediction]) -> dict[str, Any]:
+        """Return the scores over all images and per image, and the confusion matrix, as plain data."""
+        total = np.zeros((len(self.class_names),) * 2, np.int64)
+        per_image = []
+        for prediction in predictions:
+            total += prediction.matrix
+            per_image.append(
+                {
+                    "image": prediction.pair.image.name,
+                    **_scores(prediction.matrix, self.ignore_index),
+                }
+            )
+        return {
+            "num_images": len(per_image),
+            "class_names": self.class_names,
+            **_scores(total, self.ignore_index),
+            "confusion_matrix": total.tolist(),
+            "per_image": per_image,
+        }
+
+    def results(self, title: str, report: dict[str, Any]) -> str:
+        """Return the block of results that is printed."""
+        lines = [
+            f"{title} Results:",
+            f"  Mean IoU: {_number(report['iou'])}",
+            f"  Mean Dice: {_number(report['dice'])}",
+            f"  Pixel Accuracy: {_number(report['pixel_accuracy'])}",
+            "",
+            "  Per-class IoU:",
+        ]
+        for index, (name, value) in enumerate(zip(self.class_names, report["iou_per_class"], strict=True)):
+            lines.append(f"    Class {index} ({name}): {_number(value)}")
+        present = sum(value is not None for value in report["iou_per_class"])
+        lines += [
+            "",
+            f"Means are over {present} of {len(self.class_names)} classes (those present in truth or prediction), from "
+            f"one confusion matrix over all pixels of {report['num_images']} images at their own size.",
+        ]
+        return "\n".join(lines)
+
+    def findings(self, metrics: dict[str, float], reports: dict[str, dict[str, Any]]) -> list[str]:
+        """Return the guide's signs of trouble that the numbers show, each with what to try."""
+        counts = checks.class_counts(self._facts["train"], self.config.data.num_classes, self.ignore_index)
+        return findings(self.class_names, counts, metrics, reports["val"])
+
+    @torch.inference_mode()
+    def panel(self, model: nn.Module, device: torch.device) -> Image:
+        """Return rows of image | truth | prediction for validation samples spread evenly over the split."""
+        model.eval()
+        dataset = SegmentationDataset(self.pairs("val"), self.val_transforms, self.config.model.in_channels, 0)
+        rows = []
+        for index in np.unique(np.linspace(0, len(dataset) - 1, PANEL_ROWS).astype(int)):
+            image, mask, _ = dataset[SampleKey(int(index))]
+            pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+            labels = model(self._normalize(pixels, device))[0].argmax(dim=0).cpu().numpy()
+            assert mask is not None
+            rows.append(side_by_side(image, mask, labels, ignore_index=self.ignore_index))
+        width = max(row.shape[1] for row in rows)
+        rows = [np.pad(row, ((0, 4), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+        return np.concatenate(rows)
+
+
+def findings(
+    class_names: list[str], train_counts: list[int], metrics: dict[str, float], val: dict[str, Any]
+) -> list[str]:
+    """Return what is worth a second look, in plain words.
+
+    Args:
+        class_names: one a class.
+        train_counts: pixels of each class in the training masks.
+        metrics: of the last epoch, with train_iou and val_iou.
+        val: the report of the validation split.
+    """
+    found = []
+    gap = metrics.get("train_iou", math.nan) - metrics.get("val_iou", math.nan)
+    if gap > 0.15:
+        found.append(
+            f"Overfitting: mean IoU is {metrics['train_iou']:.2f} on the training images and {metrics['val_iou']:.2f} "
+            "on the validation images. Try more augmentation, model.dropout, optimizer.weight_decay or more images."
+        )
+    for index, name in enumerate(class_names):
+        if train_counts[index] == 0:
+            found.append(
+                f"Class {index} ({name}) has no pixel in the training masks. Check the values of the masks and "
+                "num_classes, or split again with --stratified."
+            )
+    predicted = np.asarray(val["confusion_matrix"]).sum(axis=0)
+    truth = np.asarray(val["confusion_matrix"]).sum(axis=1)
+    known = [value for value in val["iou_per_class"] if value is not None]
+    for index, (name, value) in enumerate(zip(class_names, val["iou_per_class"], strict=True)):
+        if value is None or train_counts[index] == 0:
+            continue
+        share = train_counts[index] / max(sum(train_counts), 1)
+        if truth[index] > 0 and predicted[index] == 0:
+            found.append(
+                f"Class {index} ({name}) is never predicted ({share:.1%} of the training pixels). Train longer, try "
+                "loss.type dice_bce_loss or class_weights: balanced, and check its masks."
+            )
+        elif value < 0.3 and value < 0.6 * max(known):
+            found.append(
+                f"Class {index} ({name}) has a very low IoU of {value:.2f} ({share:.1%} of the training pixels): class "
+                "imbalance or poor masks. Try dice_loss or class_weights: balanced, and look at its overlays."
+            )
+    accuracy, mean = val["pixel_accuracy"], val["iou"]
+    if accuracy is not None and mean is not None and accuracy > 0.85 and mean < 0.6:
+        common = class_names[int(np.argmax(truth))]
+        found.append(
+            f"Pixel accuracy is {accuracy:.2f} but mean IoU only {mean:.2f}: the model predicts mostly {common}. "
+            "Judge it by IoU and Dice, and try dice_loss."
+        )
+    return found
+
+
+def _scores(matrix: NDArray[np.int64], ignore_index: int) -> dict[str, Any]:
+    """The scores of one matrix, with None for what is not defined (JSON knows no NaN)."""
+    scores = summarize(matrix, ignore_index)
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in scores.items()}
+
+
+def _number(value: float | None) -> str:
+    return "not present" if value is None else f"{value:.4f}"

@@ -1,0 +1,178 @@
+"""`train(config)` builds a run and sees it through. Next to read: `loop.py`, the loop itself."""
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from ml_src.core.atomic import write_text
+from ml_src.core.callbacks import build_callbacks
+from ml_src.core.checkpoint import load_checkpoint, load_weights
+from ml_src.core.config import Config
+from ml_src.core.config_file import to_yaml
+from ml_src.core.device import choose_device, seed_everything
+from ml_src.core.errors import ConfigError
+from ml_src.core.network import build_model
+from ml_src.core.optim import Schedule, build_optimizer
+from ml_src.core.plugins import import_plugins
+from ml_src.core.tasks import Task, task_for
+from ml_src.core.trainers.backend import Backend
+from ml_src.core.trainers.loop import fit
+from ml_src.core.trainers.run_dir import finish_run, log_to, open_run
+from ml_src.core.trainers.training import Training
+
+log = logging.getLogger("ml_src")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to."""
+
+    run_dir: Path
+    interrupted: bool
+    summary: str
+
+
+def train(config: Config, resume: Path | None = None, overwrite: bool = False, plugins: Sequence[str] = ()) -> Outcome:
+    """Train as `config` says, then measure the best weights on the validation and test images at their own size.
+
+    Args:
+        config: the whole run.
+        resume: a checkpoint to go on from; its run folder is used again.
+        overwrite: remove an existing run of the same name.
+        plugins: files to import besides those that the config names.
+
+    Raises: MLError for all that the user can mend.
+    """
+    choose_backend(config)  # an unknown engine is said before anything is read
+    import_plugins(list(dict.fromkeys([*config.plugins, *plugins])))
+    device = choose_device(config.training.device)
+    run_dir = config.run_dir if resume is None else resume.parent.parent
+    task = task_for(config)
+    task.check_data()
+    if resume is None:
+        open_run(run_dir, overwrite)
+        write_text(run_dir / "config.yaml", to_yaml(config))
+    with log_to(run_dir / "logs" / "train.log"):
+        training = build_training(config, task, device, run_dir)
+        if resume is not None:
+            restore(training, resume)
+        log.info("%s, %d parameters, on %s", run_dir, sum(p.numel() for p in training.model.parameters()), device)
+        start = time.monotonic()
+        with stop_on_ctrl_c(training):
+            fit(training)
+        if training.interrupted:
+            return Outcome(run_dir, True, f"Stopped. To go on: ml-train --resume {run_dir}")
+        if training.stop:
+            log.info("Stopped early: %s", training.stop)
+        return Outcome(run_dir, False, measure(training, time.monotonic() - start))
+
+
+def choose_backend(config: Config) -> Callable[[torch.device], Backend]:
+    """Return the class behind `training.trainer_type`.
+
+    Raises: ConfigError for one that is not built yet.
+    """
+    match config.training.trainer_type:
+        case "standard":
+            return Backend
+        case other:
+            raise ConfigError(f"training.trainer_type {other!r} is not built yet: use 'standard'")
+
+
+def build_training(config: Config, task: Task, device: torch.device, run_dir: Path) -> Training:
+    """Build every part of a run, in an order that fixes which random number goes where."""
+    seed_everything(config.seed, config.deterministic)
+    backend = choose_backend(config)(device)
+    model = backend.prepare(build_model(config.model))
+    optimizer = build_optimizer(config.optimizer, model.parameters())
+    pin = config.training.pin_memory and device.type == "cuda"
+    train_loader = task.loader("train", training=True, pin_memory=pin)
+    steps_per_epoch = -(-len(train_loader) // config.training.gradient_accumulation_steps)
+    return Training(
+        config=config,
+        task=task,
+        device=device,
+        model=model,
+        criterion=task.criterion().to(device),
+        optimizer=optimizer,
+        schedule=Schedule(config.scheduler, optimizer, steps_per_epoch, config.training.num_epochs),
+        backend=backend,
+        train_loader=train_loader,
+        val_loader=task.loader("val", pin_memory=pin),
+        callbacks=build_callbacks(config, task.monitors),
+        run_dir=run_dir,
+    )
+
+
+def restore(training: Training, path: Path) -> None:
+    """Go on from a checkpoint file."""
+    contents = load_checkpoint(path, training.device)
+    training.restore(contents, path)
+    threads = contents.get("num_threads")
+    if threads != torch.get_num_threads():
+        log.info(
+            "This run was started with %s threads and goes on with %d: sums are rounded differently from here on.",
+            threads,
+            torch.get_num_threads(),
+        )
+    log.info("Going on after epoch %d, step %d", training.progress.epoch, training.progress.step)
+
+
+@contextmanager
+def stop_on_ctrl_c(training: Training) -> Iterator[None]:
+    """Ctrl-C (or SIGTERM) ends the loop after the current step, with last.pt written; a second Ctrl-C ends at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if training.interrupted:
+            raise KeyboardInterrupt
+        log.info("Stopping after this step ...")
+        training.stop, training.interrupted = "interrupted", True
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def measure(training: Training, seconds: float) -> str:
+    """Evaluate the best weights on val and test; write metrics.json and summary.txt; return the summary."""
+    best = training.run_dir / "weights" / "best.pt"
+    contents = load_checkpoint(best, training.device)
+    load_weights(training.model, contents["model_state_dict"], best)
+    task, reports = training.task, {}
+    for split in ("val", "test"):
+        reports[split] = task.measure(task.predict(training.model, split, training.device))
+    lines = [f"{training.run_dir}: best epoch {contents['epoch']} of {training.progress.epoch}, {seconds / 60:.1f} min"]
+    if training.stop:
+        lines.append(f"Stopped early: {training.stop}.")
+    lines += ["", task.results("Validation", reports["val"]), "", task.results("Test", reports["test"])]
+    found = task.findings(contents["metrics"], reports)
+    if found:
+        lines += ["", "Worth a look:", *(f"  - {sentence}" for sentence in found)]
+    lines += ["", f"Next: ml-inference --checkpoint_path {best}"]
+    summary = "\n".join(lines) + "\n"
+    report: dict[str, Any] = {
+        "best_epoch": contents["epoch"],
+        "num_epochs": training.progress.epoch,
+        "seconds": round(seconds, 1),
+        "best_epoch_metrics": {key: _finite(value) for key, value in contents["metrics"].items()},
+        "findings": found,
+        **reports,
+    }
+    finish_run(training.run_dir, report, summary)
+    return summary
+
+
+def _finite(value: float) -> float | None:
+    return value if value == value else None  # JSON knows no NaN

@@ -1,0 +1,50 @@
+"""The folder of a run: who may write into it, its log, its summary."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ml_src.core.atomic import write_json, write_text
+from ml_src.core.errors import TrainingError
+
+OURS = ("config.yaml", "summary.txt", "metrics.json", "weights", "logs", "tensorboard", "inference")
+log = logging.getLogger("ml_src")
+
+
+def open_run(run_dir: Path, overwrite: bool) -> None:
+    """Make the folders of a new run.
+
+    Raises: TrainingError where there is a run already, unless `overwrite` says to remove it.
+    """
+    if any((run_dir / name).exists() for name in OURS):
+        if not overwrite:
+            state = "a finished run" if (run_dir / "metrics.json").exists() else "an unfinished run"
+            resume = "" if state == "a finished run" else f" --resume {run_dir} to go on,"
+            raise TrainingError(f"{run_dir} holds {state}: give{resume} --run_name for another name, or --overwrite")
+        for name in OURS:  # only what is ours: the folder may hold somebody's notes
+            path = run_dir / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for name in ("weights", "logs"):
+        (run_dir / name).mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Also write the log lines of the block to a file, with their times."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def finish_run(run_dir: Path, contents: dict[str, Any], summary: str) -> None:
+    """Write `summary.txt`, then `metrics.json`, whose presence says that the run is finished."""
+    write_text(run_dir / "summary.txt", summary)
+    write_json(run_dir / "metrics.json", contents)
