@@ -228,9 +228,10 @@ class ProgressBar(ProgressLines):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
-        columns = ["{task.description}", BarColumn(), "{task.completed}/{task.total}", "{task.fields[numbers]}"]
         self.bar = Progress(
-            *[TextColumn(c) if isinstance(c, str) else c for c in columns],
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}  {task.fields[numbers]}"),
             console=Console(stderr=True),
             transient=True,
             redirect_stderr=True,

@@ -1,4 +1,4 @@
-"""ml-init-config: looks at a folder of images and masks and writes a configuration that says why each value is there."""
+"""Looks at a folder of images and masks and writes a configuration that says why each value is there."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ import yaml
 from ml_src.core.config import Config
 from ml_src.core.config_file import parse_config
 from ml_src.core.data import checks, splits
-from ml_src.core.data.files import Pair, class_names_of, find_pairs, image_info, read_image
+from ml_src.core.data.files import Pair, read_class_names, find_pairs, image_info, read_image
 from ml_src.core.errors import DataError
 
 IGNORE = 255
@@ -51,7 +51,7 @@ def describe(data_dir: Path) -> Description:
     deep = next((pair for pair, info in zip(pairs, infos, strict=True) if info.bits != 8), None)
     if deep is not None:
         raise DataError(f"{deep.image} is not an 8-bit image: convert it to 8 bits per channel")
-    names = class_names_of(data_dir)
+    names = read_class_names(data_dir)
     values = set().union(*(fact.counts for fact in facts))
     ignored = IGNORE in values and len(names or ()) <= IGNORE
     largest = max((value for value in values if not (ignored and value == IGNORE)), default=0)

@@ -3,7 +3,7 @@
 Next to read: `segmentation.py`, the one task so far. A second one is a class here, a dataset and a metric.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -48,13 +48,13 @@ class Task(Protocol):
     def prepare(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         """Move a batch to the device and normalise it there."""
 
-    def metric(self, device: torch.device) -> Metric:
+    def metric(self) -> Metric:
         """A fresh metric."""
 
     def predict(self, model: nn.Module, split: str, device: torch.device) -> Iterator[Any]:
         """Predict the images of a split at their own sizes."""
 
-    def measure(self, predictions: Iterator[Any]) -> dict[str, Any]:
+    def measure(self, predictions: Iterable[Any]) -> dict[str, Any]:
         """Return the scores of predictions as plain data."""
 
     def results(self, title: str, report: dict[str, Any]) -> str:

@@ -39,13 +39,13 @@ class Prediction(NamedTuple):
 class SegmentationMetric:
     """The confusion matrix of all batches so far, and the scores that follow from it."""
 
-    def __init__(self, class_names: list[str], ignore_index: int, device: torch.device) -> None:
+    def __init__(self, class_names: list[str], ignore_index: int) -> None:
         self.class_names, self.ignore_index = class_names, ignore_index
-        self.confusion = ConfusionMatrix(len(class_names), ignore_index, device)
+        self.confusion = ConfusionMatrix(len(class_names), ignore_index)
 
     @property
     def counts(self) -> Tensor:
-        """The matrix (C, C) int64 as a tensor: what a checkpoint keeps in the middle of an epoch."""
+        """The counts of all pairs of classes as a tensor: what a checkpoint keeps in the middle of an epoch."""
         return self.confusion.counts
 
     @counts.setter
@@ -59,9 +59,9 @@ class SegmentationMetric:
     def compute(self) -> dict[str, float]:
         """Return iou, dice, pixel_accuracy, and iou/<class>, dice/<class>; NaN for an absent class."""
         scores = summarize(self.confusion.matrix, self.ignore_index)
-        values = {key: scores[key] for key in ("iou", "dice", "pixel_accuracy")}
-        for key in ("iou", "dice"):
-            for name, value in zip(self.class_names, scores[f"{key}_per_class"], strict=True):
+        values = {"iou": scores["iou"], "dice": scores["dice"], "pixel_accuracy": scores["pixel_accuracy"]}
+        for key, per_class in (("iou", scores["iou_per_class"]), ("dice", scores["dice_per_class"])):
+            for name, value in zip(self.class_names, per_class, strict=True):
                 values[f"{key}/{name}"] = math.nan if value is None else value
         return values
 
@@ -69,7 +69,7 @@ class SegmentationMetric:
 class Segmentation:
     """The task `segmentation` of a configuration."""
 
-    monitors = (
+    monitors: tuple[str, ...] = (
         "val_iou", "val_dice", "val_pixel_accuracy", "val_loss",
         "train_iou", "train_dice", "train_pixel_accuracy", "train_loss",
     )  # fmt: skip
@@ -147,9 +147,9 @@ class Segmentation:
         std = torch.tensor(transforms.std, device=device).view(1, -1, 1, 1) * 255
         return (images.to(device, non_blocking=True).float() - mean) / std
 
-    def metric(self, device: torch.device) -> SegmentationMetric:
+    def metric(self) -> SegmentationMetric:
         """Return a metric that has counted nothing."""
-        return SegmentationMetric(self.class_names, self.ignore_index, device)
+        return SegmentationMetric(self.class_names, self.ignore_index)
 
     @torch.inference_mode()
     def predict(self, model: nn.Module, split: str, device: torch.device) -> Iterator[Prediction]:

@@ -38,7 +38,7 @@ def fit(t: Training) -> None:
 def train_epoch(t: Training) -> dict[str, float]:
     """Take the steps of one epoch that are left; return its loss and scores, measured while training."""
     t.model.train()
-    metric = t.task.metric(t.device)
+    metric = t.task.metric()
     if t.progress.counts is not None:
         metric.counts = t.progress.counts
     for group in grouped(t.train_loader.epoch(t.progress.epoch, t.progress.batch), t.accumulation):
@@ -65,7 +65,7 @@ def train_epoch(t: Training) -> dict[str, float]:
 def evaluate(t: Training) -> dict[str, float]:
     """Return loss and scores over the validation split, at the size of its transforms."""
     t.model.eval()
-    metric = t.task.metric(t.device)
+    metric = t.task.metric()
     total = Progress()
     for batch in t.val_loader.epoch():
         images, targets = t.task.prepare(batch, t.device)

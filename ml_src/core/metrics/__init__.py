@@ -1,0 +1,1 @@
+"""How good a prediction is. Next to read: `segmentation.py`, where one confusion matrix gives every score."""
