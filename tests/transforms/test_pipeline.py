@@ -1,0 +1,244 @@
+"""A list of the configuration as one pipeline: every transform alone, and all together."""
+
+from typing import get_args
+
+import numpy as np
+import pytest
+from pydantic import TypeAdapter
+
+from ml_src.core import transform_specs as specs
+from ml_src.core.errors import ConfigError, DataError
+from ml_src.core.transforms import TRANSFORM_REGISTRY, build_transforms
+
+IGNORE = 255
+
+GEOMETRY = {
+    "resize": {"type": "resize", "size": [50, 44]},
+    "random_horizontal_flip": {"type": "random_horizontal_flip", "p": 1.0},
+    "random_vertical_flip": {"type": "random_vertical_flip", "p": 1.0},
+    "random_rotation": {"type": "random_rotation", "degrees": 180},
+    "random_resize_crop": {"type": "random_resize_crop", "sizes": [[32, 40], [48, 36], [40, 40]], "p": 1.0},
+    "elastic": {"type": "elastic", "alpha": 3.0, "sigma": 6.0, "p": 1.0},
+}
+INTENSITY = {
+    "color_jitter": {"type": "color_jitter", "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.05},
+    "random_brightness_contrast": {"type": "random_brightness_contrast", "p": 1.0},
+    "gaussian_noise": {"type": "gaussian_noise", "p": 1.0},
+    "gaussian_blur": {"type": "gaussian_blur", "p": 1.0},
+    "normalize": {"type": "normalize", "mean": [0.5], "std": [0.25]},
+}
+ALL = {**GEOMETRY, **INTENSITY}
+
+
+def pipeline(*entries, ignore_index=IGNORE):
+    return build_transforms(TypeAdapter(list[specs.TrainTransform]).validate_python(list(entries)), ignore_index)
+
+
+def generator(*key):
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+def call(transforms, image, mask, seed=0, batch=0):
+    return transforms(image, mask, generator(1, seed), generator(2, batch))
+
+
+def target(height=45, width=54):
+    """Bright rectangles of odd places and sizes on dark ground: image (H, W, 3), and its mask."""
+    mask = np.zeros((height, width), np.uint8)
+    for top, left, rows, columns in ((4, 5, 9, 7), (6, 30, 5, 13), (22, 12, 11, 6), (20, 35, 14, 14), (38, 20, 5, 9)):
+        mask[top : top + rows, left : left + columns] = 1
+    return np.where(mask[:, :, None] == 1, (200, 180, 160), (40, 60, 50)).astype(np.uint8), mask
+
+
+def test_the_registry_has_every_word_of_the_configuration():
+    union = get_args(specs.TrainTransform)[0]
+    words = {get_args(section.model_fields["type"].annotation)[0] for section in get_args(union)}
+    assert set(TRANSFORM_REGISTRY) == words == set(ALL)
+
+
+@pytest.mark.parametrize("word", ALL)
+@pytest.mark.parametrize("seed", range(3))
+def test_image_and_mask_stay_aligned(word, seed):
+    """Moved by a pixel in any direction, the mask would fit the image worse."""
+    image, mask = call(pipeline(ALL[word]), *target(), seed)
+    assert image.shape[:2] == mask.shape
+    valid = mask[1:-1, 1:-1] != IGNORE
+    fits = {}
+    for down in (-1, 0, 1):
+        for right in (-1, 0, 1):
+            rows, columns = slice(1 + down, mask.shape[0] - 1 + down), slice(1 + right, mask.shape[1] - 1 + right)
+            moved, grey = mask[rows, columns], image[1:-1, 1:-1].mean(axis=2)
+            chosen = valid & (moved != IGNORE)
+            fits[down, right] = np.corrcoef(moved[chosen], grey[chosen])[0, 1]
+    assert max(fits, key=fits.get) == (0, 0)
+    assert fits[0, 0] > 0.85
+
+
+@pytest.mark.parametrize("entries", [[entry] for entry in GEOMETRY.values()] + [list(GEOMETRY.values())])
+@pytest.mark.parametrize("seed", range(5))
+def test_where_the_image_is_pure_the_mask_names_its_colour(entries, seed):
+    """A pixel that shows exactly one of the two colours was mixed from that class alone."""
+    image, mask = call(pipeline(*entries), *target(), seed)
+    bright, dark = (image == (200, 180, 160)).all(axis=2), (image == (40, 60, 50)).all(axis=2)
+    valid = mask != IGNORE
+    assert bright.any()
+    assert dark.any()
+    assert (mask[bright & valid] == 1).all()
+    assert (mask[dark & valid] == 0).all()
+
+
+@pytest.mark.parametrize("word", INTENSITY)
+def test_colours_leave_the_mask_alone(word):
+    image, mask = target()
+    _, after = call(pipeline(ALL[word]), image, mask)
+    np.testing.assert_array_equal(after, mask)
+
+
+def everything():
+    return pipeline(*ALL.values())
+
+
+def test_the_same_generators_give_the_same_bytes():
+    first, second = (call(everything(), *target(), seed=7) for _ in range(2))
+    other = call(everything(), *target(), seed=8)
+    np.testing.assert_array_equal(first[0], second[0])
+    np.testing.assert_array_equal(first[1], second[1])
+    assert (first[0] != other[0]).any()
+
+
+@pytest.mark.parametrize("word", [word for word in ALL if word not in ("resize", "normalize")])
+def test_a_probability_of_zero_is_the_identity(word):
+    entry = {**ALL[word], "p": 0.0} | ({"sizes": [[45, 54]]} if word == "random_resize_crop" else {})
+    image, mask = target()
+    after, labels = call(pipeline(entry), image, mask)
+    np.testing.assert_array_equal(after, image)
+    np.testing.assert_array_equal(labels, mask)
+
+
+@pytest.mark.parametrize("entries", [[], [{"type": "resize", "size": [45, 54]}], [INTENSITY["normalize"]]])
+def test_a_list_that_changes_nothing_is_exact(entries):
+    image, mask = target()
+    after, labels = call(pipeline(*entries), image, mask)
+    np.testing.assert_array_equal(after, image)
+    np.testing.assert_array_equal(labels, mask)
+
+
+def test_flips_are_numpys():
+    image, mask = target()
+    after, labels = call(pipeline(GEOMETRY["random_horizontal_flip"], GEOMETRY["random_vertical_flip"]), image, mask)
+    np.testing.assert_array_equal(after, image[::-1, ::-1])
+    np.testing.assert_array_equal(labels, mask[::-1, ::-1])
+    assert after.flags.c_contiguous
+    assert labels.flags.c_contiguous
+
+
+def test_flips_happen_as_often_as_p_says():
+    image, mask = target()
+    transforms = pipeline({"type": "random_horizontal_flip", "p": 0.3})
+    flipped = [(call(transforms, image, mask, seed)[1] != mask).any() for seed in range(300)]
+    assert np.mean(flipped) == pytest.approx(0.3, abs=0.08)
+
+
+def test_samples_of_one_batch_have_one_size_and_batches_differ():
+    transforms = pipeline({**GEOMETRY["random_resize_crop"], "p": 0.5}, GEOMETRY["random_rotation"])
+    sizes = [{call(transforms, *target(), seed, batch)[0].shape for seed in range(6)} for batch in range(12)]
+    assert all(len(of_batch) == 1 for of_batch in sizes)
+    assert set.union(*sizes) == {(32, 40, 3), (48, 36, 3), (40, 40, 3)}
+
+
+def test_only_the_crop_draws_from_the_generator_of_the_batch():
+    transforms = pipeline(*(entry for word, entry in ALL.items() if word != "random_resize_crop"))
+    batch_rng = generator(0)
+    transforms(*target(), generator(1), batch_rng)
+    assert batch_rng.random() == generator(0).random()
+
+
+def test_geometry_comes_before_colour_whatever_the_order():
+    geometry, colour = list(GEOMETRY.values()), list(INTENSITY.values())
+    first, second = (call(pipeline(*entries), *target()) for entries in (geometry + colour, colour + geometry))
+    np.testing.assert_array_equal(first[0], second[0])
+    np.testing.assert_array_equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5, 8])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (17, 5), (45, 54)])
+def test_any_size_and_number_of_channels_passes_through_everything(channels, shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, channels)).astype(np.uint8)
+    jitter = {"type": "color_jitter", "brightness": 0.2, "contrast": 0.2}
+    entries = [jitter if word == "color_jitter" else entry for word, entry in ALL.items()]
+    after, labels = call(pipeline(*entries), image, np.zeros(shape, np.uint8))
+    assert after.dtype == np.uint8
+    assert after.shape == (*labels.shape, channels)
+    assert after.flags.c_contiguous
+    assert set(np.unique(labels)) <= {0, IGNORE}
+
+
+@pytest.mark.parametrize("entries", [[GEOMETRY["random_rotation"]], [GEOMETRY["elastic"]]])
+def test_masks_of_16_bits_keep_their_values(entries):
+    image, mask = target()
+    _, labels = call(pipeline(*entries, ignore_index=65535), image, mask.astype(np.uint16) * 40000)
+    assert labels.dtype == np.uint16
+    assert set(np.unique(labels)) == {0, 40000, 65535}
+
+
+@pytest.mark.parametrize("word", ["random_rotation", "elastic"])
+def test_what_comes_from_outside_is_ignored(word):
+    image, mask = target()
+    _, labels = call(pipeline(GEOMETRY[word], ignore_index=77), image, np.ones_like(mask))
+    assert set(np.unique(labels)) == {1, 77}
+
+
+def test_a_prediction_needs_no_mask_and_gets_the_same_image():
+    image, mask = target()
+    after, labels = call(everything(), image, None)
+    assert labels is None
+    np.testing.assert_array_equal(after, call(everything(), image, mask)[0])
+
+
+def test_the_arrays_given_are_never_written_to():
+    image, mask = target()
+    before = image.copy(), mask.copy()
+    for entry in ALL.values():
+        call(pipeline(entry), image, mask)
+        np.testing.assert_array_equal(image, before[0])
+        np.testing.assert_array_equal(mask, before[1])
+
+
+def test_read_only_and_strided_arrays_are_welcome():
+    """Files are often read into such arrays."""
+    image, mask = target()
+    turned, labels = image.transpose(1, 0, 2)[:, ::-1], mask.T[:, ::-1]
+    for array in (image, mask):
+        array.flags.writeable = False
+    for entry in ALL.values():
+        straight = call(pipeline(entry), np.ascontiguousarray(turned), np.ascontiguousarray(labels))
+        strided = call(pipeline(entry), turned, labels)
+        np.testing.assert_array_equal(straight[0], strided[0])
+        np.testing.assert_array_equal(straight[1], strided[1])
+
+
+def test_normalize_is_handed_on_and_not_applied():
+    image, mask = target()
+    transforms = pipeline({"type": "normalize", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]})
+    assert (transforms.mean, transforms.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    np.testing.assert_array_equal(call(transforms, image, mask)[0], image)
+
+
+def test_without_normalize_the_statistics_change_nothing():
+    assert (pipeline().mean, pipeline().std) == ((0.0,), (1.0,))
+
+
+def test_two_normalizes_are_refused():
+    with pytest.raises(ConfigError, match="2 normalize entries"):
+        pipeline(INTENSITY["normalize"], INTENSITY["normalize"])
+
+
+def test_a_mask_of_another_size_is_refused():
+    image, mask = target()
+    with pytest.raises(DataError, match="54 x 45 pixels has a mask of shape"):
+        call(pipeline(), image, mask.T)
+
+
+def test_an_ignore_index_that_the_mask_cannot_hold_is_refused():
+    with pytest.raises(DataError, match="65535, more than a mask of uint8"):
+        call(pipeline(ignore_index=65535), *target())
