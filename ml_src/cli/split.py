@@ -1,7 +1,6 @@
 """The command ml-split: which images are for testing, training and validation. Next to read: `core/data/splits.py`."""
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,8 +106,9 @@ def _split(argv: Sequence[str]) -> int:
             shutil.copyfile(draft, cache)
 
     rows = _rows(drawn, facts, classes, groups)
-    _print_table(rows, [_label(value, names) for value in classes], groups is not None)
-    for doubt in (_odd_values(classes, names), _absent(rows, [_label(value, names) for value in classes])):
+    labels = [names[value] if names and value < len(names) else str(value) for value in classes]
+    _print_table(rows, labels, groups is not None)
+    for doubt in (_odd_values(facts, names), _absent(rows, labels, args.stratified)):
         if doubt:
             print(f"warning: {doubt}")
     print(f"{len(pairs)} pairs; index files in {splits_dir}{' (unchanged)' if unchanged else ''}")
@@ -135,10 +135,6 @@ def _classes(facts: "Sequence[MaskFacts]", names: list[str] | None) -> list[int]
     if max(found) == IGNORED and len(names or []) <= IGNORED:
         found.remove(IGNORED)
     return sorted(found)
-
-
-def _label(value: int, names: list[str] | None) -> str:
-    return names[value] if names and value < len(names) else str(value)
 
 
 @dataclass(frozen=True)
@@ -177,6 +173,8 @@ def _print_table(rows: list[_Row], labels: list[str], with_groups: bool) -> None
     from rich.text import Text
 
     console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width
+        console.width = 10_000
     fixed = {"": [row.name for row in rows], "images": [str(row.num_images) for row in rows]}
     if with_groups:
         fixed["groups"] = [str(row.num_groups) for row in rows]
@@ -188,12 +186,11 @@ def _print_table(rows: list[_Row], labels: list[str], with_groups: bool) -> None
         ignored = [_percent(row.ignored, row.ignored + sum(row.pixels)) for row in rows]
         shares.append((f"{IGNORED} (ignored) %", ignored))
 
-    room = console.width if console.is_terminal else sys.maxsize
     used = first_width = sum(max(map(len, [title, *cells])) + 3 for title, cells in fixed.items())
     tables = [list(fixed.items())]
     for title, cells in shares:
         width = max(map(len, [title, *cells])) + 3
-        if used + width > room and used > first_width:
+        if used + width > console.width and used > first_width:
             tables.append(list(fixed.items()))
             used = first_width
         tables[-1].append((title, cells))
@@ -204,7 +201,7 @@ def _print_table(rows: list[_Row], labels: list[str], with_groups: bool) -> None
             table.add_column(Text(title), justify="right" if title else "left", no_wrap=True)
         for line in zip(*(cells for _, cells in columns), strict=True):
             table.add_row(*map(Text, line))
-        console.print(table, width=None if console.is_terminal else 100_000)
+        console.print(table)
 
 
 def _percent(part: int, whole: int) -> str:
@@ -213,21 +210,23 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.2f}" if part / whole >= 0.00005 else "<0.01"
 
 
-def _odd_values(classes: list[int], names: list[str] | None) -> str | None:
+def _odd_values(facts: "Sequence[MaskFacts]", names: list[str] | None) -> str | None:
     """Say what is odd about the mask values, before a training stumbles over it."""
     from ml_src.core.data.files import MEND, listed
 
-    if len(classes) < 2 and not names:
-        return f"the masks hold {listed(classes)} and perhaps {IGNORED} only, but class 1 must have the value 1: {MEND}"
-    if names and classes[-1] >= len(names):
+    values = sorted({value for fact in facts for value in fact.counts})
+    classes = [value for value in values if value != IGNORED or values[-1] > IGNORED]
+    if values == [0, IGNORED]:
+        return f"the masks have the values 0 and {IGNORED} only, but class 1 has the value 1: {MEND}"
+    if names and classes and classes[-1] >= len(names):
         foreign = [value for value in classes if value >= len(names)]
         return f"the masks have values [{listed(foreign, 10)}] but classes.txt names {len(names)} classes: {MEND}"
-    if not names and classes[-1] >= len(classes):
+    if not names and classes and classes[-1] >= len(classes):
         return f"the masks have values [{listed(classes, 10)}], but classes are counted 0, 1, 2, ...: {MEND}"
     return None
 
 
-def _absent(rows: list[_Row], labels: list[str]) -> str | None:
+def _absent(rows: list[_Row], labels: list[str], stratified: bool) -> str | None:
     """Name the classes that a test or val part has no pixel of: their score there will say nothing."""
     from ml_src.core.data.files import listed
 
@@ -238,7 +237,10 @@ def _absent(rows: list[_Row], labels: list[str]) -> str | None:
         if len(where) == len(measured):
             where = ["any test or val part"]
         if where:
-            gaps.append(f"{label} in {', '.join(where)}")
+            gaps.append(f"{label} in {listed(where, 5)}")
     if not gaps:
         return None
-    return f"no pixel of {listed(gaps, 10)}: such a class is not measured there (--stratified spreads rare classes)"
+    places = "; of ".join(gaps[:10])
+    more = f"; and {len(gaps) - 10} more classes" if len(gaps) > 10 else ""
+    remedy = "too few images have it" if stratified else "--stratified spreads rare classes"
+    return f"no pixel of {places}{more}: such a class is not measured there ({remedy})"

@@ -77,7 +77,7 @@ class Elastic(Section):
     type: Literal["elastic"]
     alpha: NonNegative = 10.0
     """Typical displacement (its root mean square) in pixels."""
-    sigma: Annotated[float, Field(gt=0)] = 10.0
+    sigma: Annotated[float, Field(gt=0)] = 20.0
     """Width in pixels of the Gaussian that smooths the displacement: larger is smoother."""
     p: Probability = 0.5
     """Probability per sample."""

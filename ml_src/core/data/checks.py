@@ -83,10 +83,10 @@ class _Cache:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.entries: dict[str, list[Any]] = {}
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, TypeError):
             stored = json.loads(path.read_bytes()) if path is not None else None
             if isinstance(stored, dict) and stored.get("version") == CACHE_VERSION:
-                self.entries = stored["masks"]
+                self.entries = dict(stored.get("masks", {}))
 
     def get(self, pair: Pair) -> MaskFacts | None:
         try:

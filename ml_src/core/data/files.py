@@ -162,6 +162,8 @@ def image_info(path: Path) -> ImageInfo:
 def read_mask(path: Path) -> NDArray[np.uint8 | np.uint16]:
     """Read the class indices of a mask, (H, W), exactly as stored: palette indices, 0/1 of a 1-bit file, 8 or 16 bits.
 
+    An orientation tag turns a mask as it turns an image.
+
     Raises: DataError, with the guide's remedy, for a JPEG, RGB, float, signed, multi-page or damaged file.
     """
     with _opened(path) as (image, header):

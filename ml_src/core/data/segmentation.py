@@ -47,6 +47,8 @@ class SegmentationDataset(Dataset[Sample]):
     def __getitem__(self, key: SampleKey) -> Sample:
         image = read_image(Path(self.images[key.sample]), self.channels)
         mask = None if self.masks is None else read_mask(Path(self.masks[key.sample]))
+        if mask is not None and self.transforms.ignore_index > 255:
+            mask = mask.astype(np.uint16)  # 8-bit masks could not hold what is ignored
         size = (image.shape[0], image.shape[1])
         sample_rng = _generator(self.seed, 0, key.epoch, key.sample)
         batch_rng = _generator(self.seed, 1, key.epoch, key.batch)

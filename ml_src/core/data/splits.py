@@ -273,7 +273,7 @@ def _place(units: list[_Unit], sizes: list[int], keep: int | None, rng: np.rando
                 choice = lacking
             wants = {place: round(parts[place].want(label, images, pixels), 9) for place in choice}
             ties = noise[index]
-            best = max(choice, key=lambda place: (wants[place], parts[place].room / parts[place].size, ties[place]))  # noqa: B023
+            best = max(choice, key=lambda place: (wants[place], parts[place].room / parts[place].size, ties[place]))
 
             placed[best].append(unit)
             parts[best].take(unit.images[ANY], images, pixels)
