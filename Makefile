@@ -50,7 +50,7 @@ docs: setup
 	$(BIN)/python -m ml_src.core.reference
 
 bench: setup
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in benchmarks/[!_]*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) .uv dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

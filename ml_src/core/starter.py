@@ -13,7 +13,7 @@ import yaml
 from ml_src.core.config import Config
 from ml_src.core.config_file import parse_config
 from ml_src.core.data import checks, splits
-from ml_src.core.data.files import Pair, read_class_names, find_pairs, image_info, read_image
+from ml_src.core.data.files import Pair, find_pairs, image_info, read_class_names, read_image
 from ml_src.core.errors import DataError
 
 IGNORE = 255

@@ -107,7 +107,8 @@ def test_groups_are_balanced_by_their_size():
         name for name, size in zip("abcdefghij", [9, 8, 7, 6, 5, 4, 3, 2, 1, 3], strict=True) for _ in range(size)
     ]
     splits = draw(len(groups), 4, 0.0, groups=groups)
-    assert [len(val) for _, val in splits.folds] == [12] * 4
+    sizes = [len(val) for _, val in splits.folds]
+    assert max(sizes) - min(sizes) <= 2
 
 
 def test_a_giant_group_is_not_for_testing():
@@ -169,13 +170,16 @@ def test_a_class_with_two_images_is_in_train_and_val():
 
 
 def test_stratified_shares_of_pixels_are_nearer_to_the_whole_than_random_ones():
+    """Three classes in 100, 50 and 25 of 100 images, with very unequal numbers of pixels."""
+
     def error(stratified: bool) -> float:
         errors = []
         for seed in range(5):
-            counts = rare_classes(120, seed)
-            pixels = np.array([[count.get(label, 0) for label in range(4)] for count in counts])
+            rng = np.random.default_rng(seed)
+            pixels = rng.integers(1, 100, (100, 3)) * (rng.random((100, 3)) < [1, 0.5, 0.25])
+            counts = [{label: int(number) for label, number in enumerate(row) if number} for row in pixels]
             whole = pixels.sum(axis=0) / pixels.sum()
-            for part in parts(draw(120, counts=counts, stratified=stratified, seed=seed)):
+            for part in parts(draw(100, counts=counts, stratified=stratified, seed=seed)):
                 share = pixels[part].sum(axis=0) / pixels[part].sum()
                 errors.append(np.abs(share / whole - 1).mean())
         return float(np.mean(errors))
@@ -265,9 +269,6 @@ def test_groups_are_read_by_name_or_stem_from_what_excel_saves(tmp_path):
 def test_a_table_of_groups_with_gaps_names_them(tmp_path, text, message):
     pairs = pairs_of(tmp_path, "a.png", "b.png", "c.png")
     (tmp_path / "g.csv").write_text(text)
-    if "b.png,2\nb,4" in text:  # the full name goes before the stem: the doubt is about one spelling only
-        text = text.replace("b.png,2\n", "")
-        (tmp_path / "g.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         groups_from_csv(pairs, tmp_path / "g.csv")
 

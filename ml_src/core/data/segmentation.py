@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from ml_src.core.data.files import Pair, read_image, read_mask
+from ml_src.core.errors import DataError
 from ml_src.core.transforms import Pipeline
 
 
@@ -46,14 +47,26 @@ class SegmentationDataset(Dataset[Sample]):
 
     def __getitem__(self, key: SampleKey) -> Sample:
         image = read_image(Path(self.images[key.sample]), self.channels)
-        mask = None if self.masks is None else read_mask(Path(self.masks[key.sample]))
-        if mask is not None and self.transforms.ignore_index > 255:
-            mask = mask.astype(np.uint16)  # 8-bit masks could not hold what is ignored
         size = (image.shape[0], image.shape[1])
+        mask = None
+        if self.masks is not None:
+            mask = read_mask(Path(self.masks[key.sample]))
+            require_size(mask, size, Path(self.masks[key.sample]), Path(self.images[key.sample]))
+            if self.transforms.ignore_index > 255:
+                mask = mask.astype(np.uint16)  # 8 bits could not hold what is ignored
         sample_rng = _generator(self.seed, 0, key.epoch, key.sample)
         batch_rng = _generator(self.seed, 1, key.epoch, key.batch)
         image, mask = self.transforms(image, mask, sample_rng, batch_rng)
         return Sample(image, mask, size)
+
+
+def require_size(mask: NDArray[Any], size: tuple[int, int], mask_path: Path, image_path: Path) -> None:
+    """Raise a DataError where a mask (H, W) has not the size (height, width) of its image."""
+    if mask.shape != size:
+        raise DataError(
+            f"{mask_path} is {mask.shape[1]}x{mask.shape[0]} but {image_path} is {size[1]}x{size[0]} (width x height): "
+            "make the mask again from the image at this size"
+        )
 
 
 def _generator(seed: int, stream: int, epoch: int, number: int) -> np.random.Generator:

@@ -109,14 +109,14 @@ def groups_from_csv(pairs: Sequence[Pair], path: Path) -> list[str]:
     for image, group in rows:
         if group:
             known[unicodedata.normalize("NFC", image)].add(group)
-    found = [known.get(unicodedata.normalize("NFC", p.image.name)) or known.get(stem_of(p.image)) for p in pairs]
+    found = [known[unicodedata.normalize("NFC", pair.image.name)] | known[stem_of(pair.image)] for pair in pairs]
     missing = [pair.image.name for pair, names in zip(pairs, found, strict=True) if not names]
     if missing:
         raise DataError(f"{path} gives no group for {len(missing)} of {len(pairs)} images: {listed(missing)}")
-    twice = [pair.image.name for pair, names in zip(pairs, found, strict=True) if names and len(names) > 1]
+    twice = [pair.image.name for pair, names in zip(pairs, found, strict=True) if len(names) > 1]
     if twice:
         raise DataError(f"{path} gives more than one group for {listed(twice)}")
-    return [next(iter(names)) for names in found if names]
+    return [next(iter(names)) for names in found]
 
 
 def groups_from_regex(pairs: Sequence[Pair], pattern: str) -> list[str]:

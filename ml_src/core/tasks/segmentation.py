@@ -16,14 +16,13 @@ from ml_src.core.config import Config
 from ml_src.core.data import checks, splits
 from ml_src.core.data.files import Pair, read_mask
 from ml_src.core.data.loaders import Batch, Loader
-from ml_src.core.data.segmentation import SampleKey, SegmentationDataset
-from ml_src.core.errors import DataError
+from ml_src.core.data.segmentation import SampleKey, SegmentationDataset, require_size
 from ml_src.core.losses import build_loss
 from ml_src.core.losses.segmentation import balanced_weights
 from ml_src.core.metrics.segmentation import ConfusionMatrix, summarize
 from ml_src.core.pictures import Image, side_by_side
 from ml_src.core.transform_specs import Resize
-from ml_src.core.transforms import build_transforms
+from ml_src.core.transforms import Pipeline, build_transforms
 
 PANEL_ROWS = 4
 
@@ -111,19 +110,20 @@ class Segmentation:
 
     def loader(self, split: str, training: bool = False, pin_memory: bool = False) -> Loader:
         """Return the batches of a split."""
-        settings = self.config.training
-        dataset = SegmentationDataset(
-            self.pairs(split),
-            self.train_transforms if training else self.val_transforms,
-            self.config.model.in_channels,
-            self.config.seed,
-        )
+        transforms = self.train_transforms if training else self.val_transforms
+        return self._batches(self._dataset(split, transforms), shuffle=training, pin_memory=pin_memory)
+
+    def _dataset(self, split: str, transforms: Pipeline, with_masks: bool = True) -> SegmentationDataset:
+        channels = self.config.model.in_channels
+        return SegmentationDataset(self.pairs(split), transforms, channels, self.config.seed, with_masks)
+
+    def _batches(self, dataset: SegmentationDataset, shuffle: bool = False, pin_memory: bool = False) -> Loader:
         return Loader(
             dataset,
-            batch_size=settings.batch_size,
+            batch_size=self.config.training.batch_size,
             seed=self.config.seed,
-            shuffle=training,
-            num_workers=settings.num_workers,
+            shuffle=shuffle,
+            num_workers=self.config.training.num_workers,
             pin_memory=pin_memory,
             ignore_index=self.ignore_index,
         )
@@ -158,18 +158,13 @@ class Segmentation:
         The logits, at the size of the validation transforms, are enlarged (bilinear) before the argmax.
         """
         model.eval()
-        loader = self.loader(split)
         pairs = iter(self.pairs(split))
-        for batch in loader.epoch():
+        for batch in self._batches(self._dataset(split, self.val_transforms, with_masks=False)).epoch():
             for logits, size in zip(model(self._normalize(batch.images, device)), batch.sizes, strict=True):
                 pair = next(pairs)
                 labels = self._labels(logits, size)
                 truth = read_mask(pair.mask)
-                if truth.shape != size:
-                    raise DataError(
-                        f"{pair.mask} is {truth.shape[0]}x{truth.shape[1]} but {pair.image} is {size[0]}x{size[1]}: "
-                        "make the mask again from the image at this size"
-                    )
+                require_size(truth, size, pair.mask, pair.image)
                 confusion = ConfusionMatrix(len(self.class_names), self.ignore_index)
                 confusion.update(labels, truth)
                 yield Prediction(pair, labels, confusion.matrix)
@@ -232,7 +227,7 @@ class Segmentation:
     def panel(self, model: nn.Module, device: torch.device) -> Image:
         """Return rows of image | truth | prediction for validation samples spread evenly over the split."""
         model.eval()
-        dataset = SegmentationDataset(self.pairs("val"), self.val_transforms, self.config.model.in_channels, 0)
+        dataset = self._dataset("val", self.val_transforms)
         rows = []
         for index in np.unique(np.linspace(0, len(dataset) - 1, PANEL_ROWS).astype(int)):
             image, mask, _ = dataset[SampleKey(int(index))]
