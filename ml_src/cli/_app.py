@@ -22,11 +22,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse the words after the command's name; names the nearest flag for an unknown one."""
-        known, unknown = self.parse_known_args([_underscored(word) for word in argv])
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            self.error(f"unknown argument {unknown[0]!r}; {suggest(unknown[0], flags)}")
-        return known
+        words = [_underscored(word) for word in argv]
+        flags = {flag for action in self._actions for flag in action.option_strings}
+        for word in words:  # before argparse, which would first ask for what is missing because of the typo
+            flag = word.partition("=")[0]
+            if word.startswith("--") and flag not in flags:
+                self.error(f"unknown argument {flag}; {suggest(flag, flags)}")
+        return self.parse_args(words)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage, so that every error leaves by one door."""

@@ -58,7 +58,7 @@ def describe(data_dir: Path) -> Description:
     num_classes = len(names) if names else largest + 1
     if num_classes < 2:
         mend = (
-            "they look like 0/255 masks, where 255 stands for class 1: run ml-check DATA --fix"
+            "they look like 0/255 masks: write class 1 as 1 instead of 255"
             if ignored
             else ("draw at least one class besides the background")
         )

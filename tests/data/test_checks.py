@@ -156,7 +156,10 @@ def test_a_single_mistake_is_one_sentence(tmp_path):
     pairs = [write_pair(tmp_path, "img6", mask_of(0, 1)), write_pair(tmp_path, "img7", mask_of(0, 3))]
     with pytest.raises(DataError) as error:
         check_masks(pairs, scan(pairs, None), num_classes=2, ignore_index=None)
-    assert str(error.value) == f"{pairs[1].mask} has values [0, 3] but num_classes is 2: run ml-check DATA --fix"
+    assert (
+        str(error.value)
+        == f"{pairs[1].mask} has values [0, 3] but num_classes is 2: convert it as docs/guide.md shows under Masks"
+    )
 
 
 def test_a_lone_255_may_also_mean_unlabelled(tmp_path):

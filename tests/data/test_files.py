@@ -345,5 +345,5 @@ def write_jpeg_tiff(path: Path) -> None:
 )
 def test_a_mask_against_the_rules_is_refused_with_the_tool_that_mends_it(tmp_path, name, write, message):
     write(tmp_path / name)
-    with pytest.raises(DataError, match=rf"{name} {message}.*: run ml-check DATA --fix$"):
+    with pytest.raises(DataError, match=rf"{name} {message}.*: convert it as docs/guide.md shows under Masks$"):
         read_mask(tmp_path / name)

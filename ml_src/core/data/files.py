@@ -36,7 +36,8 @@ UPRIGHT = {
 SUBFILE, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, EXTRA_SAMPLES, SAMPLE_FORMAT = 254, 258, 259, 262, 277, 338, 339
 EXIF_ORIENTATION = 274
 
-MEND = "run ml-check DATA --fix"
+# What an error about a mask ends with.
+MEND = "convert it as docs/guide.md shows under Masks"
 
 
 @dataclass(frozen=True)
