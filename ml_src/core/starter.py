@@ -47,21 +47,17 @@ def describe(data_dir: Path) -> Description:
     pairs = find_pairs(data_dir / "images", data_dir / "masks")
     splits_dir = data_dir / "splits"
     facts = checks.scan(pairs, splits.cache_path(splits_dir) if splits_dir.is_dir() else None)
+    checks.check_files(pairs, facts)
     infos = [image_info(pair.image) for pair in pairs]
-    deep = next((pair for pair, info in zip(pairs, infos, strict=True) if info.bits != 8), None)
-    if deep is not None:
-        raise DataError(f"{deep.image} is not an 8-bit image: convert it to 8 bits per channel")
     names = read_class_names(data_dir)
     values = set().union(*(fact.counts for fact in facts))
     ignored = IGNORE in values and len(names or ()) <= IGNORE
     largest = max((value for value in values if not (ignored and value == IGNORE)), default=0)
     num_classes = len(names) if names else largest + 1
     if num_classes < 2:
-        mend = (
-            "they look like 0/255 masks: write class 1 as 1 instead of 255"
-            if ignored
-            else ("draw at least one class besides the background")
-        )
+        mend = "draw at least one class besides the background"
+        if ignored:
+            mend = "they look like 0/255 masks: write class 1 as 1 instead of 255"
         raise DataError(f"the masks in {data_dir / 'masks'} hold only the values {sorted(values)}: {mend}")
     checks.check_masks(pairs, facts, num_classes, IGNORE if ignored else None)
     counts = checks.class_counts(facts, num_classes, IGNORE if ignored else None)

@@ -164,7 +164,7 @@ def test_a_single_mistake_is_one_sentence(tmp_path):
 
 def test_a_lone_255_may_also_mean_unlabelled(tmp_path):
     pairs = [write_pair(tmp_path, "a", mask_of(0, 255))]
-    with pytest.raises(DataError, match=r"has values \[0, 255\] .*--fix, or set data.ignore_index: 255"):
+    with pytest.raises(DataError, match=r"has values \[0, 255\] .*Masks, or set data.ignore_index: 255"):
         check_masks(pairs, scan(pairs, None), num_classes=2, ignore_index=None)
 
 
