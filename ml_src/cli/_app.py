@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         for word in words:  # before argparse, which would first ask for what is missing because of the typo
             flag = word.partition("=")[0]
             if word.startswith("--") and flag not in flags:
-                self.error(f"unknown argument {flag}; {suggest(flag, flags)}")
+                self.error(f"unknown argument {flag!r}; {suggest(flag, flags)}")
         return self.parse_args(words)
 
     def error(self, message: str) -> NoReturn:
@@ -69,6 +69,11 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
     except BrokenPipeError:  # the reader of a pipe (`| head`) has gone
         sys.stderr.close()
         return 0
+    except OSError as error:  # a full disk, a folder without permission: the user's to mend
+        if debug or error.strerror is None:
+            raise
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        return 2
     except Exception as error:
         if debug:
             raise

@@ -50,7 +50,9 @@ def _train(argv: Sequence[str]) -> int:
     if config is None:
         assert checkpoint is not None
         config = checkpoint_config(checkpoint, overrides, args.plugin)
-    outcome = train(config, checkpoint, args.overwrite, args.plugin)
+    elif args.plugin:  # the checkpoints name them too
+        config = config.model_copy(update={"plugins": list(dict.fromkeys([*config.plugins, *args.plugin]))})
+    outcome = train(config, checkpoint, args.overwrite)
     print(outcome.summary)
     return 130 if outcome.interrupted else 0
 

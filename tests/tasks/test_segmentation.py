@@ -108,7 +108,7 @@ def test_the_block_of_results_says_over_what_the_means_are_taken() -> None:
     task = task_of(Path("nowhere"))
     matrix = np.array([[50, 10, 0], [5, 35, 0], [0, 0, 0]])
     report = {"num_images": 2, **summarize(matrix, 255)}
-    lines = task.results("Test", report).splitlines()
+    lines = task.results("test", report).splitlines()
     assert lines[:8] == [
         "Test Results:",
         f"  Mean IoU: {(50 / 65 + 35 / 50) / 2:.4f}",

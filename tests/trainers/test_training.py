@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -314,3 +316,32 @@ def test_a_broken_plugin_is_one_sentence(small_config: dict[str, Any]) -> None:
     Path("bad.py").write_text("import nonexistent_module_xyz")
     with pytest.raises(ConfigError, match=r"plugins: bad.py failed: ModuleNotFoundError"):
         run({**small_config, "plugins": ["bad.py"]})
+
+
+def test_without_test_images_the_validation_images_alone_are_measured(
+    small_config: dict[str, Any], sample_dir: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(sample_dir / "splits", tmp_path / "splits")
+    for kind in ("images", "masks"):
+        (tmp_path / "splits" / f"test_{kind}.txt").write_text("")
+    outcome = run(small_config, **{"data.splits_dir": str(tmp_path / "splits"), "training.num_epochs": 1})
+    assert "Validation Results:" in outcome.summary and "Test Results:" not in outcome.summary
+
+
+def test_ctrl_c_in_a_terminal_reaches_all_processes_and_still_ends_cleanly(small_config: dict[str, Any]) -> None:
+    """A terminal sends the signal to the loader's workers as well; the run stops with last.pt and can go on."""
+    small_config["training"] |= {"num_workers": 2, "num_epochs": 500}
+    Path("a.yaml").write_text(yaml.safe_dump(small_config))
+    words = [sys.executable, "-m", "ml_src.cli.train", "--config", "a.yaml"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0) as process:
+        assert process.stderr is not None and process.stdout is not None
+        while "epoch 2/500" not in process.stderr.readline():
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors and "To go on: ml-train --resume runs/sample_fold_0" in printed
+    epoch = load_checkpoint(Path("runs/sample_fold_0/weights/last.pt"))["epoch"]
+    assert command.main(["--resume", "runs/sample_fold_0", "--num_epochs", str(epoch + 1)]) == 0

@@ -3,6 +3,7 @@
 The order of an epoch is a function of (seed, epoch), so that a resumed run skips the finished batches and goes on.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 
 import cv2
@@ -75,7 +76,7 @@ class Loader:
             collate_fn=Collate(ignore_index),
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
-            worker_init_fn=_one_thread if num_workers else None,
+            worker_init_fn=_start_worker,
             # its own, or each epoch would draw from the global generator and shift every later dropout
             generator=torch.Generator().manual_seed(seed),
         )
@@ -115,7 +116,9 @@ class Collate:
         )
 
 
-def _one_thread(_: int) -> None:
-    """Workers share the machine with each other: one thread each."""
+def _start_worker(_: int) -> None:
+    """Workers share the machine with each other: one thread each. Ctrl-C is for the main process to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

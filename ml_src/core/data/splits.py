@@ -399,6 +399,12 @@ def read_split(splits_dir: Path, data_dir: Path, name: str) -> list[Pair]:
     return pairs
 
 
+def is_empty(splits_dir: Path, name: str) -> bool:
+    """Return whether a part was split off with no image in it, as by --test_split 0."""
+    path = splits_dir / f"{name}_images.txt"
+    return path.is_file() and not _lines(path)
+
+
 def _hint(splits_dir: Path, name: str) -> str:
     """Tell a fold number that is too high from a split that is missing or torn."""
     folds = [file for file in existing_files(splits_dir) if file.endswith("_val_images.txt")]

@@ -22,8 +22,6 @@ from ml_src.core.network import build_model
 from ml_src.core.plugins import check_plugins, import_plugins
 from ml_src.core.tasks import Task, task_for
 
-TITLES = {"test": "Test", "val": "Validation", "train": "Training"}
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -94,4 +92,4 @@ def measure_split(
     )
     report = task.measure(progress)
     write_json(output_dir / "metrics.json", {"checkpoint": str(path), "split": split, **report})
-    return Measured(task.results(TITLES[split], report), output_dir, overlays)
+    return Measured(task.results(split, report), output_dir, overlays)

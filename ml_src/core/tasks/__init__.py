@@ -57,7 +57,10 @@ class Task(Protocol):
     def measure(self, predictions: Iterable[Any]) -> dict[str, Any]:
         """Return the scores of predictions as plain data."""
 
-    def results(self, title: str, report: dict[str, Any]) -> str:
+    def measured_splits(self) -> list[str]:
+        """The splits that are measured after training; `val`, and `test` where it has images."""
+
+    def results(self, split: str, report: dict[str, Any]) -> str:
         """Return what `measure` found as the text that is printed."""
 
     def findings(self, metrics: dict[str, float], reports: dict[str, dict[str, Any]]) -> list[str]:

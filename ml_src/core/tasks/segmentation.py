@@ -25,6 +25,7 @@ from ml_src.core.transform_specs import Resize
 from ml_src.core.transforms import Pipeline, build_transforms
 
 PANEL_ROWS = 4
+TITLES = {"test": "Test", "val": "Validation", "train": "Training"}
 
 
 class Prediction(NamedTuple):
@@ -93,7 +94,7 @@ class Segmentation:
     @cached_property
     def _facts(self) -> dict[str, list[checks.MaskFacts]]:
         """What the masks of the fold hold; read in parallel, once, and kept beside the index files."""
-        parts = {split: self.pairs(split) for split in ("train", "val")}
+        parts = {split: self.pairs(split) for split in ("train", *self.measured_splits())}
         cache = splits.cache_path(self.config.splits_dir)
         facts = iter(checks.scan([pair for pairs in parts.values() for pair in pairs], cache))
         return {split: [next(facts) for _ in pairs] for split, pairs in parts.items()}
@@ -198,10 +199,14 @@ class Segmentation:
             "per_image": per_image,
         }
 
-    def results(self, title: str, report: dict[str, Any]) -> str:
+    def measured_splits(self) -> list[str]:
+        """Return `val`, and `test` unless ml-split was asked for none."""
+        return ["val"] if splits.is_empty(self.config.splits_dir, "test") else ["val", "test"]
+
+    def results(self, split: str, report: dict[str, Any]) -> str:
         """Return the block of results that is printed."""
         lines = [
-            f"{title} Results:",
+            f"{TITLES[split]} Results:",
             f"  Mean IoU: {_number(report['iou'])}",
             f"  Mean Dice: {_number(report['dice'])}",
             f"  Pixel Accuracy: {_number(report['pixel_accuracy'])}",

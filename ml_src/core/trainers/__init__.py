@@ -3,18 +3,17 @@
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 
 from ml_src.core.atomic import write_text
 from ml_src.core.callbacks import build_callbacks
-from ml_src.core.checkpoint import load_checkpoint, load_weights
+from ml_src.core.checkpoint import load_checkpoint
 from ml_src.core.config import Config
 from ml_src.core.config_file import to_yaml
 from ml_src.core.device import choose_device, seed_everything
@@ -25,7 +24,8 @@ from ml_src.core.plugins import import_plugins
 from ml_src.core.tasks import Task, task_for
 from ml_src.core.trainers.backend import Backend
 from ml_src.core.trainers.loop import fit
-from ml_src.core.trainers.run_dir import finish_run, log_to, open_run
+from ml_src.core.trainers.run_dir import log_to, open_run
+from ml_src.core.trainers.summary import measure
 from ml_src.core.trainers.training import Training
 
 log = logging.getLogger("ml_src")
@@ -40,19 +40,18 @@ class Outcome:
     summary: str
 
 
-def train(config: Config, resume: Path | None = None, overwrite: bool = False, plugins: Sequence[str] = ()) -> Outcome:
+def train(config: Config, resume: Path | None = None, overwrite: bool = False) -> Outcome:
     """Train as `config` says, then measure the best weights on the validation and test images at their own size.
 
     Args:
         config: the whole run.
         resume: a checkpoint to go on from; its run folder is used again.
         overwrite: remove an existing run of the same name.
-        plugins: files to import besides those that the config names.
 
     Raises: MLError for all that the user can mend.
     """
     choose_backend(config)  # an unknown engine is said before anything is read
-    import_plugins(list(dict.fromkeys([*config.plugins, *plugins])))
+    import_plugins(config.plugins)
     device = choose_device(config.training.device)
     run_dir = config.run_dir if resume is None else resume.parent.parent
     task = task_for(config)
@@ -143,36 +142,3 @@ def stop_on_ctrl_c(training: Training) -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-
-
-def measure(training: Training, seconds: float) -> str:
-    """Evaluate the best weights on val and test; write metrics.json and summary.txt; return the summary."""
-    best = training.run_dir / "weights" / "best.pt"
-    contents = load_checkpoint(best, training.device)
-    load_weights(training.model, contents["model_state_dict"], best)
-    task, reports = training.task, {}
-    for split in ("val", "test"):
-        reports[split] = task.measure(task.predict(training.model, split, training.device))
-    lines = [f"{training.run_dir}: best epoch {contents['epoch']} of {training.progress.epoch}, {seconds / 60:.1f} min"]
-    if training.stop:
-        lines.append(f"Stopped early: {training.stop}.")
-    lines += ["", task.results("Validation", reports["val"]), "", task.results("Test", reports["test"])]
-    found = task.findings(contents["metrics"], reports)
-    if found:
-        lines += ["", "Worth a look:", *(f"  - {sentence}" for sentence in found)]
-    lines += ["", f"Next: ml-inference --checkpoint_path {best}"]
-    summary = "\n".join(lines) + "\n"
-    report: dict[str, Any] = {
-        "best_epoch": contents["epoch"],
-        "num_epochs": training.progress.epoch,
-        "seconds": round(seconds, 1),
-        "best_epoch_metrics": {key: _finite(value) for key, value in contents["metrics"].items()},
-        "findings": found,
-        **reports,
-    }
-    finish_run(training.run_dir, report, summary)
-    return summary
-
-
-def _finite(value: float) -> float | None:
-    return value if value == value else None  # JSON knows no NaN

@@ -1,13 +1,11 @@
-"""The folder of a run: who may write into it, its log, its summary."""
+"""The folder of a run: who may write into it, its log."""
 
 import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from ml_src.core.atomic import write_json, write_text
 from ml_src.core.errors import TrainingError
 
 OURS = ("config.yaml", "summary.txt", "metrics.json", "weights", "logs", "tensorboard", "inference")
@@ -42,9 +40,3 @@ def log_to(path: Path) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         handler.close()
-
-
-def finish_run(run_dir: Path, contents: dict[str, Any], summary: str) -> None:
-    """Write `summary.txt`, then `metrics.json`, whose presence says that the run is finished."""
-    write_text(run_dir / "summary.txt", summary)
-    write_json(run_dir / "metrics.json", contents)

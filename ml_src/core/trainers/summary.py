@@ -1,0 +1,50 @@
+"""The end of a run: its best weights measured, and what the numbers say in plain words."""
+
+import logging
+from typing import Any
+
+from ml_src.core.atomic import write_json, write_text
+from ml_src.core.checkpoint import load_checkpoint, load_weights
+from ml_src.core.trainers.training import Training
+
+log = logging.getLogger("ml_src")
+
+
+def measure(t: Training, seconds: float) -> str:
+    """Evaluate the best weights on the validation and test images; write summary.txt and metrics.json.
+
+    Returns the summary. metrics.json is written last: its presence says that the run is finished.
+    """
+    path = t.run_dir / "weights" / "best.pt"
+    best = load_checkpoint(path, t.device)
+    load_weights(t.model, best["model_state_dict"], path)
+    reports = {}
+    for split in t.task.measured_splits():
+        log.info("Measuring epoch %d on %s ...", best["epoch"], split)
+        reports[split] = t.task.measure(t.task.predict(t.model, split, t.device))
+    found = t.task.findings(best["metrics"], reports)
+    summary = _text(t, best["epoch"], seconds, reports, found)
+    write_text(t.run_dir / "summary.txt", summary)
+    contents = {
+        "best_epoch": best["epoch"],
+        "num_epochs": t.progress.epoch,
+        "seconds": round(seconds, 1),
+        # JSON knows no NaN
+        "best_epoch_metrics": {key: value if value == value else None for key, value in best["metrics"].items()},
+        "findings": found,
+        **reports,
+    }
+    write_json(t.run_dir / "metrics.json", contents)
+    return summary
+
+
+def _text(t: Training, epoch: int, seconds: float, reports: dict[str, dict[str, Any]], found: list[str]) -> str:
+    lines = [f"{t.run_dir}: best epoch {epoch} of {t.progress.epoch}, {seconds / 60:.1f} min"]
+    if t.stop:
+        lines.append(f"Stopped early: {t.stop}.")
+    for split, report in reports.items():
+        lines += ["", t.task.results(split, report)]
+    if found:
+        lines += ["", "Worth a look:", *(f"  - {sentence}" for sentence in found)]
+    lines += ["", f"Next: ml-inference --checkpoint_path {t.run_dir / 'weights' / 'best.pt'}"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,96 @@
+"""Batches: their order, their one size, and what fills up the smaller samples."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ml_src.core.config_file import parse_config
+from ml_src.core.data.loaders import Collate, EpochSampler, Loader
+from ml_src.core.data.segmentation import Sample, SampleKey
+from ml_src.core.tasks import task_for
+
+
+def loader_of(raw: dict[str, Any], **overrides: Any) -> Loader:
+    return task_for(parse_config(raw, overrides)).loader("train", training=True)
+
+
+Epoch = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def epoch_of(loader: Loader, epoch: int, first_batch: int = 0) -> Epoch:
+    return [(batch.images, batch.masks) for batch in loader.epoch(epoch, first_batch) if batch.masks is not None]
+
+
+def same(a: Epoch, b: Epoch) -> bool:
+    pairs = zip(a, b, strict=False)
+    return len(a) == len(b) and all(torch.equal(x, y) for p, q in pairs for x, y in zip(p, q, strict=True))
+
+
+def test_every_sample_comes_once_an_epoch_in_an_order_of_its_own() -> None:
+    sampler = EpochSampler(10, 4, seed=3, shuffle=True)
+    orders = []
+    for epoch in range(3):
+        sampler.start_at(epoch)
+        batches = list(sampler)
+        assert [len(batch) for batch in batches] == [4, 4, 2]
+        orders.append([key.sample for batch in batches for key in batch])
+        assert sorted(orders[-1]) == list(range(10))
+        assert {key.epoch for batch in batches for key in batch} == {epoch}
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_an_epoch_entered_later_has_the_rest_of_the_same_batches(small_config: dict[str, Any]) -> None:
+    whole, late = loader_of(small_config), loader_of(small_config)
+    assert same(epoch_of(whole, 4)[1:], epoch_of(late, 4, first_batch=1))
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_samples_do_not_depend_on_the_workers(small_config: dict[str, Any], num_workers: int) -> None:
+    alone = loader_of(small_config)
+    with_workers = loader_of(small_config, **{"training.num_workers": num_workers})
+    for epoch in (0, 1, 5):
+        assert same(epoch_of(alone, epoch), epoch_of(with_workers, epoch))
+
+
+def test_epochs_differ_and_seeds_differ(small_config: dict[str, Any]) -> None:
+    loader = loader_of(small_config)
+    first = epoch_of(loader, 0)
+    assert not same(first, epoch_of(loader, 1)) and same(first, epoch_of(loader, 0))
+    assert not same(first, epoch_of(loader_of(small_config, seed=7), 0))
+
+
+def test_random_resize_crop_gives_each_batch_one_size_and_the_run_several(small_config: dict[str, Any]) -> None:
+    small_config["transforms"] = {"train": [{"type": "random_resize_crop", "sizes": [[16, 16], [24, 32], [48, 40]]}]}
+    loader = loader_of(small_config)
+    sizes = {tuple(images.shape[2:]) for epoch in range(6) for images, _ in epoch_of(loader, epoch)}
+    assert sizes == {(16, 16), (24, 32), (48, 40)}
+
+
+def sample(height: int, width: int, dtype: type = np.uint8) -> Sample:
+    return Sample(np.full((height, width, 3), 9, np.uint8), np.ones((height, width), dtype), (height, width))
+
+
+def test_smaller_samples_are_filled_up_with_what_is_ignored() -> None:
+    batch = Collate(ignore_index=255)([sample(4, 6), sample(5, 3)])
+    assert batch.images.shape == (2, 3, 5, 6) and batch.masks is not None
+    assert batch.masks.dtype == torch.uint8
+    assert (batch.masks[1, :, 3:] == 255).all() and (batch.masks[1, :, :3] == 1).all()
+    assert (batch.images[1, :, :, 3:] == 0).all() and (batch.images[0, :, :4] == 9).all()
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.sizes == [(4, 6), (5, 3)]
+
+
+def test_wide_masks_keep_their_values() -> None:
+    batch = Collate(ignore_index=65535)([sample(2, 2, np.uint16)])
+    assert batch.masks is not None and batch.masks.dtype == torch.int32
+
+
+def test_eight_bit_masks_can_have_a_sixteen_bit_ignore_value(small_config: dict[str, Any], sample_dir: Path) -> None:
+    small_config["data"] = {"data_dir": str(sample_dir), "num_classes": 300}
+    task = task_for(parse_config(small_config))
+    _, mask, size = task.loader("train", training=True).dataset[SampleKey(0, 1, 0)]
+    assert mask is not None and mask.dtype == np.uint16 and size == (64, 64)
+    assert set(np.unique(mask)) <= {0, 1, 2, 65535} and (mask == 65535).any()
