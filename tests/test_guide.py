@@ -1,7 +1,7 @@
 """Every command and every config block of the guide, word for word, on small generated data.
 
-The texts below are the contract with the user: a test that fails here says that the product broke a promise, so mend the
-product, not the text. Flags that only make a training small are added behind the words of the guide (`SMALL`).
+The texts below are the contract with the user: a test that fails here says that the product broke a promise, so mend
+the product, not the text. Flags that only make a training small are added behind the words of the guide (`SMALL`).
 """
 
 import io
@@ -265,6 +265,10 @@ GRADIENT_ACCUMULATION = """
    training:
      batch_size: 2
      gradient_accumulation_steps: 4  # Effective batch size = 2×4 = 8
+"""  # noqa: RUF001
+
+STANDARD_INFERENCE = """
+ml-inference --checkpoint_path runs/my_seg_fold_0/weights/best.pt
 """
 
 EXAMPLE_OUTPUT = """\
@@ -680,6 +684,18 @@ def test_tensorboard_tracks_the_metrics_the_guide_lists(quick_start: tuple[Path,
     assert len(tags["images"]) == 1
 
 
+def test_standard_inference_works_in_a_run_folder_of_any_name(quick_start: tuple[Path, Result]) -> None:
+    """The guide's checkpoint lies in runs/my_seg_fold_0; the results go beside it and are the same."""
+    home, before = quick_start
+    shutil.copytree(home / "data", "data")
+    shutil.copytree(home / "runs/my_segmentation_fold_0/weights", "runs/my_seg_fold_0/weights")
+    result = expect(shell(STANDARD_INFERENCE))
+    assert result.out.splitlines()[:9] == before.out.splitlines()[:9]
+    assert len(list(Path("runs/my_seg_fold_0/inference/test/masks").iterdir())) == len(
+        listed(home / "data/my_segmentation", "test")
+    )
+
+
 # Dataset Preparation
 
 
@@ -750,7 +766,7 @@ def test_the_settings_given_land_in_the_config(my_dataset: Path) -> None:
     written = yaml.safe_load(Path("configs/my_dataset_config.yaml").read_text())
     assert (written["training"]["batch_size"], written["training"]["num_epochs"]) == (8, 100)
     assert written["optimizer"]["lr"] == 0.001
-    expect(shell(INIT_CUSTOM.replace("8", "6").replace("100", "7").replace("0.001", "0.02") + " --yes"))
+    expect(shell(INIT_CUSTOM.replace("8", "6").replace("100", "7").replace("0.001", "0.02").rstrip() + " --yes"))
     written = yaml.safe_load(Path("configs/my_dataset_config.yaml").read_text())
     assert (written["training"]["batch_size"], written["training"]["num_epochs"]) == (6, 7)
     assert written["optimizer"]["lr"] == 0.02
@@ -874,6 +890,7 @@ def test_gradient_clipping_is_read_into_the_step(my_dataset: Path) -> None:
     expect(shell("ml-train --config mine.yaml", SMALL))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # torch's word on machines of fewer cores
 def test_workers_and_pinned_memory_train(my_dataset: Path) -> None:
     """As written, with four worker processes."""
     config_with(DATA_LOADING)
@@ -902,7 +919,9 @@ def test_dice_is_the_default_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("block", "word"), [(DICE, "dice_loss"), (DICE_BCE, "dice_bce_loss"), (IOU, "iou_loss")], ids=str.strip
+    ("block", "word"),
+    [(DICE, "dice_loss"), (DICE_BCE, "dice_bce_loss"), (IOU, "iou_loss")],
+    ids=["dice", "dice_bce", "iou"],
 )
 def test_each_loss_block_trains(my_dataset: Path, block: str, word: str) -> None:
     config_with(block)
@@ -1027,7 +1046,14 @@ def test_training_finds_a_mask_that_went_wrong_after_the_split(my_dataset: Path,
     assert tree(Path()) == before
 
 
-@pytest.mark.parametrize("named", [False, True], ids=["no classes.txt", "classes.txt"])
+@pytest.mark.parametrize(
+    "named",
+    [
+        False,
+        True,
+    ],
+    ids=["no classes.txt", "classes.txt"],
+)
 def test_255_is_not_class_1(named: bool) -> None:
     """Masks of 0 and 255 only: ml-split warns, and no config is written that would take the object for unlabelled."""
     data = photographs("my_dataset")

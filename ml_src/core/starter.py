@@ -54,11 +54,12 @@ def describe(data_dir: Path) -> Description:
     ignored = IGNORE in values and len(names or ()) <= IGNORE
     largest = max((value for value in values if not (ignored and value == IGNORE)), default=0)
     num_classes = len(names) if names else largest + 1
+    if ignored and values == {0, IGNORE}:
+        raise DataError(
+            f"the masks in {data_dir / 'masks'} have the values 0 and 255 only: write class 1 as 1, not 255"
+        )
     if num_classes < 2:
-        mend = "draw at least one class besides the background"
-        if ignored:
-            mend = "they look like 0/255 masks: write class 1 as 1 instead of 255"
-        raise DataError(f"the masks in {data_dir / 'masks'} hold only the values {sorted(values)}: {mend}")
+        raise DataError(f"the masks in {data_dir / 'masks'} know one class only: draw and name a second")
     checks.check_masks(pairs, facts, num_classes, IGNORE if ignored else None)
     counts = checks.class_counts(facts, num_classes, IGNORE if ignored else None)
     pixels = sum(sum(fact.counts.values()) for fact in facts)

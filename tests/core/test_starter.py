@@ -105,7 +105,7 @@ def test_the_first_line_points_an_editor_to_a_schema_that_accepts_the_file() -> 
 def test_masks_of_0_and_255_are_recognised(capsys: pytest.CaptureFixture[str]) -> None:
     draw(Path("data/a"), gray(), masks_of([0, 255]))
     assert init_config.main(["data/a"]) == 2
-    assert "hold only the values [0, 255]: they look like 0/255 masks" in capsys.readouterr().err
+    assert "have the values 0 and 255 only: write class 1 as 1, not 255" in capsys.readouterr().err
     assert not Path("configs").exists()
 
 

@@ -4,6 +4,7 @@ The order of an epoch is a function of (seed, epoch), so that a resumed run skip
 """
 
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 
 import cv2
@@ -13,6 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from ml_src.core.data.segmentation import Sample, SampleKey, SegmentationDataset
+
+# How many processes read is the user's choice; torch would warn of more than there are cores, for every loader.
+warnings.filterwarnings("ignore", message="This DataLoader will create")
 
 
 class Batch:

@@ -25,6 +25,7 @@ from ml_src.core.transform_specs import Resize
 from ml_src.core.transforms import Pipeline, build_transforms
 
 PANEL_ROWS = 4
+IGNORED = -100  # in the masks on the device, whatever the files have: losses from elsewhere pass over it by default
 TITLES = {"test": "Test", "val": "Validation", "train": "Training"}
 
 
@@ -41,7 +42,7 @@ class SegmentationMetric:
 
     def __init__(self, class_names: list[str], ignore_index: int) -> None:
         self.class_names, self.ignore_index = class_names, ignore_index
-        self.confusion = ConfusionMatrix(len(class_names), ignore_index)
+        self.confusion = ConfusionMatrix(len(class_names), IGNORED)
 
     @property
     def counts(self) -> Tensor:
@@ -53,7 +54,7 @@ class SegmentationMetric:
         self.confusion.counts = counts
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Count logits (N, C, H, W) against masks (N, H, W)."""
+        """Count logits (N, C, H, W) against masks (N, H, W), where IGNORED pixels are passed over."""
         self.confusion.update(outputs.argmax(dim=1), targets)
 
     def compute(self) -> dict[str, float]:
@@ -135,12 +136,13 @@ class Segmentation:
         if loss.class_weights == "balanced":
             counts = checks.class_counts(self._facts["train"], self.config.data.num_classes, self.ignore_index)
             loss = loss.model_copy(update={"class_weights": balanced_weights(counts)})
-        return build_loss(loss.model_copy(update={"ignore_index": self.ignore_index}))
+        return build_loss(loss.model_copy(update={"ignore_index": IGNORED}))
 
     def prepare(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return images (N, C, H, W), normalised float32, and masks (N, H, W) int64, on the device."""
+        """Return images (N, C, H, W), normalised float32, and masks (N, H, W) int64 with IGNORED, on the device."""
         assert batch.masks is not None
-        return self._normalize(batch.images, device), batch.masks.to(device, non_blocking=True).long()
+        masks = batch.masks.to(device, non_blocking=True).long()
+        return self._normalize(batch.images, device), masks.masked_fill_(masks == self.ignore_index, IGNORED)
 
     def _normalize(self, images: Tensor, device: torch.device) -> Tensor:
         transforms = self.val_transforms
