@@ -13,7 +13,7 @@ help:
 	@echo "make setup  the set-up alone, into .venv"
 	@echo "make check  ruff, mypy, import contract, generated docs, tests"
 	@echo "make fix    let ruff format and mend what it can"
-	@echo "make docs   write docs/configuration.md and the JSON Schema again from the code"
+	@echo "make docs   write docs/configuration.md again from the code"
 	@echo "make bench  run the benchmarks (minutes; results in benchmarks/results/)"
 
 .uv/bin/uv:

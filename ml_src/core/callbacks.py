@@ -74,10 +74,11 @@ class FiniteLoss(Callback):
 
     def on_epoch_end(self, t: Training) -> None:
         if not math.isfinite(t.metrics["train_loss"]):
+            kept = t.run_dir / "weights" / "last.pt"
             raise TrainingError(
-                f"the training loss became {t.metrics['train_loss']} in epoch {t.progress.epoch} at learning rate "
-                f"{t.schedule.lr:g}: lower optimizer.lr tenfold or add gradient_clipping to training.callbacks; "
-                f"{t.run_dir / 'weights'} keeps the last good epoch"
+                f"the training loss became {t.metrics['train_loss']} in epoch {t.progress.epoch}: lower optimizer.lr "
+                f"({t.config.optimizer.lr:g}) tenfold, or add gradient_clipping to training.callbacks"
+                + (f"; {kept} is the epoch before" if kept.exists() else "")
             )
 
 

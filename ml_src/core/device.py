@@ -1,5 +1,6 @@
 """From the config's word to a torch device, and everything about a process that a result may depend on."""
 
+import os
 import random
 
 import numpy as np
@@ -27,6 +28,8 @@ def choose_device(word: str) -> torch.device:
 
 def seed_everything(seed: int, deterministic: bool) -> None:
     """Seed torch, NumPy and Python; with `deterministic`, forbid operations whose result varies."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch then asks for on a GPU
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

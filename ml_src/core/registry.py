@@ -1,6 +1,6 @@
 """A registry is a plain dict from a config word to a class; this is the one look-up in it, with "did you mean".
 
-MODEL_REGISTRY, LOSS_REGISTRY and TRANSFORM_REGISTRY are such dicts; adding an entry is `REGISTRY['word'] = Class`.
+MODEL_REGISTRY and LOSS_REGISTRY are such dicts; adding an entry is `REGISTRY['word'] = Class`.
 """
 
 from collections.abc import Iterable, Mapping

@@ -18,7 +18,7 @@ from ml_src.cli import train as command
 from ml_src.core.callbacks import Callback
 from ml_src.core.checkpoint import load_checkpoint
 from ml_src.core.config_file import parse_config
-from ml_src.core.errors import CheckpointError, ConfigError, TrainingError
+from ml_src.core.errors import CheckpointError, ConfigError, MLError, TrainingError
 from ml_src.core.tasks import task_for
 from ml_src.core.trainers import Outcome, build_training, train
 from ml_src.core.trainers.loop import fit, grouped
@@ -345,3 +345,29 @@ def test_ctrl_c_in_a_terminal_reaches_all_processes_and_still_ends_cleanly(small
     assert "Traceback" not in errors and "To go on: ml-train --resume runs/sample_fold_0" in printed
     epoch = load_checkpoint(Path("runs/sample_fold_0/weights/last.pt"))["epoch"]
     assert command.main(["--resume", "runs/sample_fold_0", "--num_epochs", str(epoch + 1)]) == 0
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [{"loss.type": "nope"}, {"model.custom_architecture": "nope"}, {"training.device": "nope"}, {"data.fold": 9}],
+)
+def test_a_mistake_leaves_no_run_folder_behind(small_config: dict[str, Any], mistake: dict[str, Any]) -> None:
+    with pytest.raises(MLError):
+        run(small_config, **mistake)
+    assert not Path("runs").exists()
+
+
+def test_a_checkpoint_outside_a_run_cannot_go_on(small_config: dict[str, Any], capsys: Any) -> None:
+    last = run(small_config).run_dir / "weights" / "last.pt"
+    Path("copied.pt").write_bytes(last.read_bytes())
+    assert command.main(["--resume", "copied.pt"]) == 2
+    assert "copied.pt is not in a run's folder" in capsys.readouterr().err
+
+
+def test_a_resumed_run_writes_down_its_new_settings_and_its_whole_time(small_config: dict[str, Any]) -> None:
+    run_dir = run(small_config).run_dir
+    before = json.loads((run_dir / "metrics.json").read_text())["seconds"]
+    assert command.main(["--resume", str(run_dir), "--num_epochs", "3"]) == 0
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["training"]["num_epochs"] == 3
+    after = json.loads((run_dir / "metrics.json").read_text())
+    assert after["num_epochs"] == 3 and after["seconds"] > before

@@ -17,6 +17,7 @@ from ml_src.core.data import checks, splits
 from ml_src.core.data.files import Pair, read_mask
 from ml_src.core.data.loaders import Batch, Loader
 from ml_src.core.data.segmentation import SampleKey, SegmentationDataset, require_size
+from ml_src.core.errors import ConfigError
 from ml_src.core.losses import build_loss
 from ml_src.core.losses.segmentation import balanced_weights
 from ml_src.core.metrics.segmentation import ConfusionMatrix, summarize
@@ -76,6 +77,10 @@ class Segmentation:
     )  # fmt: skip
 
     def __init__(self, config: Config) -> None:
+        if config.model.in_channels not in (1, 3):
+            raise ConfigError(
+                f"model.in_channels is {config.model.in_channels}: images are read as gray (1) or RGB (3)"
+            )
         self.config = config
         self.data_dir = Path(config.data.data_dir)
         self.class_names = config.class_names

@@ -2,7 +2,6 @@
 
 import logging
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,22 +55,21 @@ def train(config: Config, resume: Path | None = None, overwrite: bool = False) -
     run_dir = config.run_dir if resume is None else resume.parent.parent
     task = task_for(config)
     task.check_data()
-    if resume is None:
+    training = build_training(config, task, device, run_dir)
+    if resume is None:  # not before everything that a mistake in the config can stop
         open_run(run_dir, overwrite)
-        write_text(run_dir / "config.yaml", to_yaml(config))
+    else:
+        restore(training, resume)
+    write_text(run_dir / "config.yaml", to_yaml(config))
     with log_to(run_dir / "logs" / "train.log"):
-        training = build_training(config, task, device, run_dir)
-        if resume is not None:
-            restore(training, resume)
         log.info("%s, %d parameters, on %s", run_dir, sum(p.numel() for p in training.model.parameters()), device)
-        start = time.monotonic()
         with stop_on_ctrl_c(training):
             fit(training)
         if training.interrupted:
             return Outcome(run_dir, True, f"Stopped. To go on: ml-train --resume {run_dir}")
         if training.stop:
             log.info("Stopped early: %s", training.stop)
-        return Outcome(run_dir, False, measure(training, time.monotonic() - start))
+        return Outcome(run_dir, False, measure(training))
 
 
 def choose_backend(config: Config) -> Callable[[torch.device], Backend]:
@@ -131,6 +129,7 @@ def stop_on_ctrl_c(training: Training) -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         if training.interrupted:
+            training.interrupted = False  # in the middle of a step there is nothing whole to save
             raise KeyboardInterrupt
         log.info("Stopping after this step ...")
         training.stop, training.interrupted = "interrupted", True

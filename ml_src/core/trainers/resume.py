@@ -14,10 +14,12 @@ from ml_src.core.plugins import check_plugins
 def checkpoint_of(path: Path) -> Path:
     """Return the checkpoint that a run folder or a checkpoint's own path stands for.
 
-    Raises: CheckpointError where a folder holds none.
+    Raises: CheckpointError where a folder holds none, or a checkpoint lies outside a run's folder.
     """
+    if path.is_file() and path.absolute().parent.name != "weights":
+        raise CheckpointError(f"{path} is not in a run's folder: put it into RUN/weights/, where the run can go on")
     if not path.is_dir():
-        return path
+        return path.absolute() if path.parent == Path() else path
     last = path / "weights" / "last.pt"
     if not last.is_file():
         raise CheckpointError(f"{path} has no weights/last.pt to go on from: start it with ml-train --config")

@@ -17,11 +17,11 @@ def open_run(run_dir: Path, overwrite: bool) -> None:
 
     Raises: TrainingError where there is a run already, unless `overwrite` says to remove it.
     """
-    if any((run_dir / name).exists() for name in OURS):
+    finished, resumable = (run_dir / "metrics.json").exists(), (run_dir / "weights" / "last.pt").exists()
+    if finished or resumable:  # else it ended before its first epoch: nothing to lose
         if not overwrite:
-            state = "a finished run" if (run_dir / "metrics.json").exists() else "an unfinished run"
-            resume = "" if state == "a finished run" else f" --resume {run_dir} to go on,"
-            raise TrainingError(f"{run_dir} holds {state}: give{resume} --run_name for another name, or --overwrite")
+            state = "a finished run: give" if finished else f"an unfinished run: give --resume {run_dir} to go on,"
+            raise TrainingError(f"{run_dir} holds {state} --run_name for another name, or --overwrite")
         for name in OURS:  # only what is ours: the folder may hold somebody's notes
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -32,6 +32,7 @@ def open_run(run_dir: Path, overwrite: bool) -> None:
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Also write the log lines of the block to a file, with their times."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)

@@ -10,7 +10,7 @@ from ml_src.core.trainers.training import Training
 log = logging.getLogger("ml_src")
 
 
-def measure(t: Training, seconds: float) -> str:
+def measure(t: Training) -> str:
     """Evaluate the best weights on the validation and test images; write summary.txt and metrics.json.
 
     Returns the summary. metrics.json is written last: its presence says that the run is finished.
@@ -23,12 +23,12 @@ def measure(t: Training, seconds: float) -> str:
         log.info("Measuring epoch %d on %s ...", best["epoch"], split)
         reports[split] = t.task.measure(t.task.predict(t.model, split, t.device))
     found = t.task.findings(best["metrics"], reports)
-    summary = _text(t, best["epoch"], seconds, reports, found)
+    summary = _text(t, best["epoch"], reports, found)
     write_text(t.run_dir / "summary.txt", summary)
     contents = {
         "best_epoch": best["epoch"],
         "num_epochs": t.progress.epoch,
-        "seconds": round(seconds, 1),
+        "seconds": round(t.seconds(), 1),
         # JSON knows no NaN
         "best_epoch_metrics": {key: value if value == value else None for key, value in best["metrics"].items()},
         "findings": found,
@@ -38,8 +38,8 @@ def measure(t: Training, seconds: float) -> str:
     return summary
 
 
-def _text(t: Training, epoch: int, seconds: float, reports: dict[str, dict[str, Any]], found: list[str]) -> str:
-    lines = [f"{t.run_dir}: best epoch {epoch} of {t.progress.epoch}, {seconds / 60:.1f} min"]
+def _text(t: Training, epoch: int, reports: dict[str, dict[str, Any]], found: list[str]) -> str:
+    lines = [f"{t.run_dir}: best epoch {epoch} of {t.progress.epoch}, {t.seconds() / 60:.1f} min"]
     if t.stop:
         lines.append(f"Stopped early: {t.stop}.")
     for split, report in reports.items():

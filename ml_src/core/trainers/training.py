@@ -1,6 +1,7 @@
 """Everything a run consists of, in one object, and how it becomes a checkpoint and is restored from one."""
 
 import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ class Training:
     metrics: dict[str, float] = field(default_factory=dict)  # of the last finished epoch
     stop: str = ""  # why to stop after this epoch
     interrupted: bool = False  # stop after this step
+    started: float = field(default_factory=time.monotonic)
+    seconds_before: float = 0.0  # spent by the processes that this one goes on from
 
     @property
     def num_epochs(self) -> int:
@@ -81,6 +84,10 @@ class Training:
     def max_norm(self) -> float | None:
         """Largest norm of a step's gradient."""
         return self.config.max_norm
+
+    def seconds(self) -> float:
+        """How long the run has taken, over all its resumes."""
+        return self.seconds_before + time.monotonic() - self.started
 
     def checkpoint(self) -> dict[str, Any]:
         """Return the run as the contents of a checkpoint."""
@@ -103,6 +110,7 @@ class Training:
             },
             "random_state": random_state(),
             "num_threads": torch.get_num_threads(),
+            "seconds": self.seconds(),
         }
 
     def restore(self, contents: dict[str, Any], path: Path) -> None:
@@ -131,3 +139,4 @@ class Training:
                 f"{path} does not fit this run ({error}): resume with the optimizer and scheduler it was started with"
             ) from error
         self.metrics = dict(contents["metrics"])
+        self.seconds_before = float(contents.get("seconds", 0.0))
