@@ -32,7 +32,7 @@ demo: setup
 	$(BIN)/ml-demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: setup
 	$(BIN)/ruff check .
@@ -40,7 +40,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m ml_src.core.reference --check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 fix: setup
 	$(BIN)/ruff check --fix .
