@@ -19,6 +19,8 @@ from ml_src.core.registry import suggest
 if TYPE_CHECKING:
     from ml_src.core.trainers.training import Training
 
+NUM_PANELS = 20  # about so many pictures a run
+
 log = logging.getLogger("ml_src")
 
 
@@ -181,8 +183,9 @@ class TensorBoard(Callback):
             split, _, name = key.partition("_")
             self.writer.add_scalar(f"{name}/{split}" if "/" not in name else f"{split}_{name}", value, step)
         self.writer.add_scalar("lr/epoch", t.schedule.lr, step)
-        panel = t.task.panel(t.model, t.device)
-        self.writer.add_image("validation: image | truth | prediction", panel, step, dataformats="HWC")
+        if t.progress.epoch % max(1, t.num_epochs // NUM_PANELS) == 0:
+            panel = t.task.panel(t.model, t.device)
+            self.writer.add_image("validation: image | truth | prediction", panel, step, dataformats="HWC")
         self.writer.flush()
 
     def on_end(self, t: Training) -> None:

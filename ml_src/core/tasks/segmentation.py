@@ -25,7 +25,7 @@ from ml_src.core.pictures import Image, side_by_side
 from ml_src.core.transform_specs import Resize
 from ml_src.core.transforms import Pipeline, build_transforms
 
-PANEL_ROWS = 4
+PANEL_ROWS, PANEL_SIDE = 4, 256
 IGNORED = -100  # in the masks on the device, whatever the files have: losses from elsewhere pass over it by default
 TITLES = {"test": "Test", "val": "Validation", "train": "Training"}
 
@@ -246,7 +246,9 @@ class Segmentation:
             pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
             labels = model(self._normalize(pixels, device))[0].argmax(dim=0).cpu().numpy()
             assert mask is not None
-            rows.append(side_by_side(image, mask, labels, ignore_index=self.ignore_index))
+            every = -(-max(mask.shape) // PANEL_SIDE)  # a look is enough: whole pictures would fill the disk
+            small = [image[::every, ::every], mask[::every, ::every], labels[::every, ::every]]
+            rows.append(side_by_side(*small, ignore_index=self.ignore_index))
         width = max(row.shape[1] for row in rows)
         rows = [np.pad(row, ((0, 4), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
         return np.concatenate(rows)
