@@ -44,7 +44,7 @@ def _demo(argv: Sequence[str]) -> int:
     print("\nPictures to look at:")
     for path in sorted((fold / "inference" / "test" / "overlays").iterdir())[:3]:
         print(f"  {args.output / path}")
-    print(f"\nNext: cd {args.output} && tensorboard --logdir {fold}/tensorboard")
+    print(f"\nNext: cd {shlex.quote(str(args.output))} && tensorboard --logdir {fold}/tensorboard")
     print("Your own data: the same four commands, with your folder in place of data/sample.")
     return 0
 

@@ -1,6 +1,7 @@
 """ml-init-config: a configuration that fits a data set."""
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ def _init_config(argv: Sequence[str]) -> int:
     parser.add_argument("data", type=Path, metavar="DATA", help="folder with images/ and masks/")
     parser.add_argument("--task", default="segmentation", choices=["segmentation"])
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: configs/<folder>_config.yaml")
+    parser.add_argument("--splits_dir", type=Path, metavar="DIR", help="what --output was for ml-split")
     parser.add_argument("--yes", action="store_true", help="overwrite an existing file without asking")
     for flag, (key, kind) in OVERRIDES.items():
         parser.add_argument(f"--{flag}", type=kind, help=key)
@@ -38,7 +40,7 @@ def _init_config(argv: Sequence[str]) -> int:
     from ml_src.core.starter import choose, describe, starter_yaml
 
     output = args.output or Path("configs") / f"{args.data.resolve().name}_config.yaml"
-    data = describe(args.data)
+    data = describe(args.data, args.splits_dir)
     overrides = {key: getattr(args, flag) for flag, (key, _) in OVERRIDES.items() if getattr(args, flag) is not None}
     config, reasons = choose(data, overrides)
     schema = output.parent / "config.schema.json"
@@ -69,10 +71,12 @@ def _init_config(argv: Sequence[str]) -> int:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     print(f"Wrote {output}")
     if not data.folds:
-        print(
-            f"Next: ml-split --raw_data {args.data}/images --mask_data {args.data}/masks --folds 5 --task segmentation"
-        )
-    print(f"{'Then' if not data.folds else 'Next'}: ml-train --config {output}")
+        folders = [
+            f"--raw_data {shlex.quote(str(args.data / 'images'))}",
+            f"--mask_data {shlex.quote(str(args.data / 'masks'))}",
+        ]
+        print(f"Next: ml-split {' '.join(folders)} --folds 5 --task segmentation")
+    print(f"{'Next' if data.folds else 'Then'}: ml-train --config {shlex.quote(str(output))}")
     return 0
 
 

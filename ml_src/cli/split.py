@@ -112,7 +112,8 @@ def _split(argv: Sequence[str]) -> int:
         if doubt:
             print(f"warning: {doubt}")
     print(f"{len(pairs)} pairs; index files in {splits_dir}{' (unchanged)' if unchanged else ''}")
-    print(f"next: ml-init-config {shlex.quote(str(data_dir))} --task segmentation")
+    where = f" --splits_dir {shlex.quote(str(splits_dir))}" if args.output else ""
+    print(f"next: ml-init-config {shlex.quote(str(data_dir))} --task segmentation{where}")
     return 0
 
 

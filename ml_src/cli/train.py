@@ -36,6 +36,8 @@ def _train(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     if args.config is None and args.resume is None:
         parser.error("give --config FILE, or --resume RUN_DIR")
+    if args.resume is not None and (args.overwrite or args.run_name):
+        parser.error("--resume goes on in the run's own folder: leave out --overwrite and --run_name")
 
     from ml_src.core.config_file import load_config, parse_set
 

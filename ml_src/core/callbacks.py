@@ -75,10 +75,11 @@ class FiniteLoss(Callback):
     name = "finite_loss"
 
     def on_epoch_end(self, t: Training) -> None:
-        if not math.isfinite(t.metrics["train_loss"]):
+        bad = next((key for key in ("train_loss", "val_loss") if not math.isfinite(t.metrics[key])), None)
+        if bad is not None:
             kept = t.run_dir / "weights" / "last.pt"
             raise TrainingError(
-                f"the training loss became {t.metrics['train_loss']} in epoch {t.progress.epoch}: lower optimizer.lr "
+                f"{bad} became {t.metrics[bad]} in epoch {t.progress.epoch}: lower optimizer.lr "
                 f"({t.config.optimizer.lr:g}) tenfold, or add gradient_clipping to training.callbacks"
                 + (f"; {kept} is the epoch before" if kept.exists() else "")
             )
@@ -111,10 +112,11 @@ class StopEarly(Callback):
             t.stop = f"{self.section.monitor} has not improved{best} for {self.num_bad_epochs} epochs"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "num_bad_epochs": self.num_bad_epochs}
+        return {"monitor": self.section.monitor, "best": self.best, "num_bad_epochs": self.num_bad_epochs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.num_bad_epochs = state.get("best"), state.get("num_bad_epochs", 0)
+        if state.get("monitor") == self.section.monitor:  # values of another metric are no measure
+            self.best, self.num_bad_epochs = state["best"], state["num_bad_epochs"]
 
 
 class Checkpoints(Callback):
@@ -127,6 +129,12 @@ class Checkpoints(Callback):
         self.best: float | None = None
         self.kept: list[list[float]] = []  # [value, epoch], best first
 
+    def on_start(self, t: Training) -> None:
+        if (
+            t.progress.epoch == t.progress.batch == 0
+        ):  # from here on the folder is taken, and a run that is killed can go on
+            save_checkpoint(t.run_dir / "weights" / "last.pt", t.checkpoint())
+
     def on_epoch_end(self, t: Training) -> None:
         value, epoch = t.metrics[self.section.monitor], t.progress.epoch
         folder = t.run_dir / "weights"
@@ -137,27 +145,29 @@ class Checkpoints(Callback):
         contents = t.checkpoint()
         if is_best:
             save_checkpoint(folder / "best.pt", contents)
-        if self.section.save_top_k > 1 and dropped != epoch:
+        if self.section.save_top_k > 1 and epoch not in dropped:
             save_checkpoint(folder / f"epoch_{epoch}.pt", contents)
         save_checkpoint(folder / "last.pt", contents)
-        if dropped is not None:
-            (folder / f"epoch_{dropped}.pt").unlink(missing_ok=True)
+        for old in dropped:
+            (folder / f"epoch_{old}.pt").unlink(missing_ok=True)
 
     def on_end(self, t: Training) -> None:
         if t.interrupted:
             save_checkpoint(t.run_dir / "weights" / "last.pt", t.checkpoint())
 
-    def _keep(self, value: float, epoch: int) -> int | None:
-        """Enter an epoch into the best k; return the one that falls out."""
+    def _keep(self, value: float, epoch: int) -> list[int]:
+        """Enter an epoch into the best k; return those that fall out."""
         place = next((i for i, (other, _) in enumerate(self.kept) if self.section.is_better(value, other)), None)
         self.kept.insert(len(self.kept) if place is None else place, [value, epoch])
-        return int(self.kept.pop()[1]) if len(self.kept) > self.section.save_top_k else None
+        self.kept, dropped = self.kept[: self.section.save_top_k], self.kept[self.section.save_top_k :]
+        return [int(epoch) for _, epoch in dropped]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "kept": self.kept}
+        return {"monitor": self.section.monitor, "best": self.best, "kept": self.kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.kept = state.get("best"), [list(pair) for pair in state.get("kept", [])]
+        if state.get("monitor") == self.section.monitor:  # values of another metric are no measure
+            self.best, self.kept = state["best"], [list(pair) for pair in state["kept"]]
 
 
 class TensorBoard(Callback):

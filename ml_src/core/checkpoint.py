@@ -43,6 +43,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
     Raises: CheckpointError where the file is missing, damaged, from elsewhere, or of a later version.
     """
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: give the checkpoint, such as {path / 'weights' / 'best.pt'}")
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist: a run keeps its checkpoints in runs/<name>/weights/")
     refusal = CheckpointError(

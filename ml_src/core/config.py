@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ml_src.core.transform_specs import Normalize, Resize, Section, TrainTransform, ValTransform
+from ml_src.core.transform_specs import ColorJitter, Normalize, Resize, Section, TrainTransform, ValTransform
 
 Positive = Annotated[int, Field(ge=1)]
 Mode = Literal["min", "max"]
@@ -97,7 +97,7 @@ class Monitored(Section):
 
     def is_better(self, value: float, best: float | None, min_delta: float = 0.0) -> bool:
         """Whether `value` beats `best` by more than `min_delta`; NaN never does, anything else beats None."""
-        if math.isnan(value) or best is None:
+        if math.isnan(value) or best is None or math.isnan(best):
             return not math.isnan(value)
         mode = self.mode or ("min" if self.monitor.endswith("loss") else "max")
         return value < best - min_delta if mode == "min" else value > best + min_delta
@@ -298,11 +298,11 @@ def _default_type(word: str) -> BeforeValidator:
 class Config(Section):
     """A whole training: data, network, loss, training, optimizer, learning-rate schedule and transforms."""
 
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """All randomness (weights, order, augmentation) is a function of it."""
     deterministic: bool = False
     """Also forbid the few GPU operations whose result varies from run to run (slower)."""
-    run_name: str | None = None
+    run_name: Annotated[str, Field(pattern=r"^[^/\\\\]*[^/\\\\.][^/\\\\]*$")] | None = None
     """Names the run folder instead of the data set: runs/<run_name>_fold_<fold>."""
     plugins: list[str] = []
     """Python files that register own models or losses; imported before training. Relative to where you start."""
@@ -329,6 +329,7 @@ class Config(Section):
         if not isinstance(raw, dict) or not isinstance(raw.get("data"), dict):
             return raw
         raw = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()}
+        raw = {key: value for key, value in raw.items() if value is not None}  # a section left empty is left out
         data = raw["data"]
         for key in ("num_workers", "pin_memory"):  # the guide has them under training, older files under data
             _move(data, raw.setdefault("training", {}), key)
@@ -354,22 +355,42 @@ class Config(Section):
         weights = self.loss.class_weights
         if isinstance(weights, list) and len(weights) != data.num_classes:
             problems.append(f"loss.class_weights has {len(weights)} values but data.num_classes is {data.num_classes}")
+        if names is not None and (len(set(names)) < len(names) or not all(name.strip() for name in names)):
+            problems.append("data.class_names has a name twice, or an empty one")
+        if isinstance(weights, list) and not any(weights):
+            problems.append("loss.class_weights are all 0")
+        if self.loss.dice_bce.dice_weight == self.loss.dice_bce.bce_weight == 0:
+            problems.append("loss.dice_bce: both weights are 0")
+        if isinstance(self.scheduler, CosineSchedule) and self.scheduler.eta_min > self.optimizer.lr:
+            problems.append(f"scheduler.eta_min {self.scheduler.eta_min:g} is above optimizer.lr {self.optimizer.lr:g}")
         words = [callback.type for callback in self.training.callbacks]
-        problems += [
-            f"training.callbacks has {word} twice" for word in sorted({w for w in words if words.count(w) > 1})
-        ]
-        for split in ("train", "val"):
-            for spec in getattr(self.transforms, split) or []:
-                if isinstance(spec, Normalize):
-                    for key in ("mean", "std"):
-                        if len(getattr(spec, key)) not in (1, self.model.in_channels):
-                            problems.append(
-                                f"transforms.{split}: normalize.{key} has {len(getattr(spec, key))} values but "
-                                f"model.in_channels is {self.model.in_channels}"
-                            )
+        problems += [f"training.callbacks has {w} twice" for w in sorted(set(words)) if words.count(w) > 1]
+        problems += self._transform_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _transform_problems(self) -> list[str]:
+        """What the lists of transforms contradict: the channels of the image, or each other."""
+        problems, channels = [], self.model.in_channels
+        for split in ("train", "val"):
+            for spec in getattr(self.transforms, split) or []:
+                if isinstance(spec, Normalize):
+                    problems += [
+                        f"transforms.{split}: normalize.{key} has {len(values)} values but in_channels is {channels}"
+                        for key, values in (("mean", spec.mean), ("std", spec.std))
+                        if len(values) not in (1, channels)
+                    ]
+                if isinstance(spec, ColorJitter) and (spec.saturation or spec.hue) and channels != 3:
+                    problems.append(
+                        f"transforms.{split}: saturation and hue need colour, but in_channels is {channels}"
+                    )
+        train, val = (
+            [s for s in specs if isinstance(s, Normalize)] for specs in (self.train_transforms, self.val_transforms)
+        )
+        if train != val:
+            problems.append("transforms: normalize must be the same in train and val")
+        return problems
 
     # What follows from the keys, said in one place.
 

@@ -54,7 +54,7 @@ def parse_config(raw: Any, overrides: Mapping[str, Any] | None = None, source: s
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        lines = [_sentence(dict(problem)) for problem in error.errors(include_url=False)]
+        lines = _sentences([dict(problem) for problem in error.errors(include_url=False)])
         if len(lines) == 1:
             raise ConfigError(f"{source}: {lines[0]}") from None
         raise ConfigError(f"{source} has {len(lines)} mistakes:\n  " + "\n  ".join(lines)) from None
@@ -94,6 +94,16 @@ def _with(raw: dict[str, Any], keys: list[str], value: Any, name: str) -> dict[s
     if inner is not None and not isinstance(inner, dict):
         raise ConfigError(f"{name}: {head} is a {type(inner).__name__}, not a section, so nothing can be set in it")
     return {**raw, head: _with(inner or {}, rest, value, name)}
+
+
+def _sentences(problems: list[dict[str, Any]]) -> list[str]:
+    """One sentence a key: of a value that fits neither a list nor a word, the complaint about the word is enough."""
+    by_key: dict[tuple[str | int, ...], dict[str, Any]] = {}
+    for problem in problems:
+        key = tuple(part for part in problem["loc"] if "[" not in str(part))
+        if key not in by_key or problem["type"] == "literal_error":
+            by_key[key] = problem | {"loc": key}
+    return [_sentence(problem) for problem in by_key.values()]
 
 
 def _sentence(problem: dict[str, Any]) -> str:
@@ -164,6 +174,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = key_node.value
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no word", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)

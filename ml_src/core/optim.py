@@ -91,6 +91,7 @@ class Schedule:
         """Plain data for a checkpoint."""
         return {
             "num_steps": self.num_steps,
+            "monitor": getattr(self.config, "monitor", None),
             "plateau_factor": self.plateau_factor,
             "best": self.best,
             "num_bad_epochs": self.num_bad_epochs,
@@ -99,8 +100,9 @@ class Schedule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.num_steps = state["num_steps"]
-        self.plateau_factor, self.best = state["plateau_factor"], state["best"]
-        self.num_bad_epochs = state["num_bad_epochs"]
+        if state["monitor"] == getattr(self.config, "monitor", None):  # values of another metric are no measure
+            self.plateau_factor, self.best = state["plateau_factor"], state["best"]
+            self.num_bad_epochs = state["num_bad_epochs"]
         self._apply()
 
     def _apply(self) -> None:

@@ -37,21 +37,22 @@ class Description:
     shares: list[float]  # of the labelled pixels, per class
     ignored: float  # share of the pixels with value 255
     folds: int  # 0: not split yet
+    splits_dir: Path
 
 
-def describe(data_dir: Path) -> Description:
+def describe(data_dir: Path, splits_dir: Path | None = None) -> Description:
     """Read every mask, every image's header and the pixels of up to 200 images.
 
     Raises: DataError where the folder is not a data set that can be trained on.
     """
     pairs = find_pairs(data_dir / "images", data_dir / "masks")
-    splits_dir = data_dir / "splits"
+    splits_dir = splits_dir or data_dir / "splits"
     facts = checks.scan(pairs, splits.cache_path(splits_dir) if splits_dir.is_dir() else None)
     checks.check_files(pairs, facts)
     infos = [image_info(pair.image) for pair in pairs]
     names = read_class_names(data_dir)
     values = set().union(*(fact.counts for fact in facts))
-    ignored = IGNORE in values and len(names or ()) <= IGNORE
+    ignored = max(values) == IGNORE and len(names or ()) <= IGNORE
     largest = max((value for value in values if not (ignored and value == IGNORE)), default=0)
     num_classes = len(names) if names else largest + 1
     if ignored and values == {0, IGNORE}:
@@ -62,6 +63,8 @@ def describe(data_dir: Path) -> Description:
         raise DataError(f"the masks in {data_dir / 'masks'} know one class only: draw and name a second")
     checks.check_masks(pairs, facts, num_classes, IGNORE if ignored else None)
     counts = checks.class_counts(facts, num_classes, IGNORE if ignored else None)
+    if not any(counts):
+        raise DataError(f"the masks in {data_dir / 'masks'} have no labelled pixel, only {IGNORE}")
     pixels = sum(sum(fact.counts.values()) for fact in facts)
     channels = 3 if any(info.channels == 3 for info in infos) else 1
     mean, std = channel_statistics(pairs, channels)
@@ -79,6 +82,7 @@ def describe(data_dir: Path) -> Description:
         shares=[count / max(sum(counts), 1) for count in counts],
         ignored=1 - sum(counts) / pixels if ignored else 0.0,
         folds=folds,
+        splits_dir=splits_dir,
     )
 
 
@@ -150,6 +154,8 @@ def choose(data: Description, overrides: Mapping[str, Any]) -> tuple[Config, dic
     }
     if data.ignored:
         raw["data"]["ignore_index"] = IGNORE
+    if data.splits_dir != data.data_dir / "splits":
+        raw["data"]["splits_dir"] = data.splits_dir.as_posix()
     smallest, largest = min(data.sizes), max(data.sizes)
     reasons = {
         "data.num_classes": "from classes.txt" if data.named else "largest value in the masks, plus one",
@@ -210,5 +216,7 @@ def _entry(path: str, key: str, value: Any, reasons: Mapping[str, str]) -> list[
 
 
 def _inline(value: Any) -> str:
+    if isinstance(value, dict) and "type" in value:
+        value = {"type": value["type"], **value}
     text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000, allow_unicode=True)
     return text.strip().removesuffix("\n...").strip()

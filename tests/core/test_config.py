@@ -56,11 +56,30 @@ def test_every_mistake_of_a_file_is_reported_at_once() -> None:
         ({"scheduler": {"type": "cosine", "gamma": 0.9}}, "scheduler.gamma: unknown key"),
         ({"transforms": {"val": [{"type": "random_rotation", "degrees": 3}]}}, "transforms.val.0.type: unknown name"),
         ({"transforms": {"train": [{"type": "normalize", "mean": [0, 0], "std": [1]}]}}, "normalize.mean has 2 values"),
+        ({"transforms": {"train": [{"type": "normalize", "mean": [0], "std": [1]}], "val": []}}, "must be the same"),
+        ({"model": {"in_channels": 1}, "transforms": {"train": [{"type": "color_jitter", "hue": 0.1}]}}, "need colour"),
+        ({"loss": {"class_weights": [0, 0, 0]}}, "loss.class_weights are all 0"),
+        ({"loss": {"class_weights": "balance"}}, "unknown value 'balance'; did you mean 'balanced'?"),
+        ({"loss": {"dice_bce": {"dice_weight": 0, "bce_weight": 0}}}, "loss.dice_bce: both weights are 0"),
+        ({"scheduler": {"type": "cosine", "eta_min": 1}}, "scheduler.eta_min 1 is above optimizer.lr 0.001"),
+        ({"optimizer": {"lr": float("inf")}}, "optimizer.lr: "),
+        ({"seed": 2**64}, "seed: "),
+        ({"run_name": "../up"}, "run_name: "),
+        ({"run_name": ""}, "run_name: "),
         ({"training": {"callbacks": [{"type": "lr_monitor"}] * 2}}, "training.callbacks has lr_monitor twice"),
     ],
 )
 def test_values_that_cannot_be_are_refused(change: dict[str, Any], expected: str) -> None:
     assert expected in message({**MINIMAL, **change})
+
+
+@pytest.mark.parametrize("names", [["a", "b", "a"], ["a", "", "b"]])
+def test_class_names_are_told_apart(names: list[str]) -> None:
+    assert "a name twice, or an empty one" in message(MINIMAL, **{"data.class_names": names})
+
+
+def test_a_section_left_empty_is_left_out() -> None:
+    assert parse_config({**MINIMAL, "loss": None, "plugins": None}) == parse_config(MINIMAL)
 
 
 def test_class_names_must_be_as_many_as_classes() -> None:
@@ -102,6 +121,7 @@ def test_set_reads_yaml_values() -> None:
         ("- 1\n", "holds no configuration"),
         ("", "holds no configuration"),
         ("data: 3\n", "data: "),
+        ("{{ name }}: 1\n", "is not valid YAML: a key is no word"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_one_sentence(tmp_path: Path, text: str, expected: str) -> None:

@@ -84,10 +84,11 @@ def test_everything_without_a_partner_is_named_at_once(tmp_path):
     )
 
 
-def test_of_very_many_names_twenty_are_given_and_the_rest_is_counted(tmp_path):
+def test_every_name_is_given_however_many_there_are(tmp_path):
     touch(*(tmp_path / "images" / f"{index:02}.png" for index in range(25)), tmp_path / "masks" / "00.png")
-    with pytest.raises(DataError, match=r"^24 images have no mask .*: 01.png, .*, 20.png and 4 more$"):
+    with pytest.raises(DataError, match=r"^24 images have no mask ") as caught:
         find_pairs(tmp_path / "images", tmp_path / "masks")
+    assert all(f"{index:02}.png" in str(caught.value) for index in range(1, 25))
 
 
 def test_a_missing_or_empty_folder_is_named(tmp_path):

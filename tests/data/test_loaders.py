@@ -83,6 +83,12 @@ def test_smaller_samples_are_filled_up_with_what_is_ignored() -> None:
     assert batch.sizes == [(4, 6), (5, 3)]
 
 
+def test_one_wide_mask_in_a_batch_keeps_its_values_too() -> None:
+    wide = Sample(np.zeros((2, 2, 3), np.uint8), np.full((2, 2), 299, np.uint16), (2, 2))
+    batch = Collate(ignore_index=255)([sample(2, 2), wide])
+    assert batch.masks is not None and (batch.masks[1] == 299).all()
+
+
 def test_wide_masks_keep_their_values() -> None:
     batch = Collate(ignore_index=65535)([sample(2, 2, np.uint16)])
     assert batch.masks is not None and batch.masks.dtype == torch.int32

@@ -371,3 +371,79 @@ def test_a_resumed_run_writes_down_its_new_settings_and_its_whole_time(small_con
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["training"]["num_epochs"] == 3
     after = json.loads((run_dir / "metrics.json").read_text())
     assert after["num_epochs"] == 3 and after["seconds"] > before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data.fold": 1}, "data.fold 0, not 1"),
+        ({"optimizer.type": "sgd"}, "optimizer.type adam, not sgd"),
+        ({"data.dataset_name": "other"}, "the data set sample, not other"),
+    ],
+)
+def test_a_resume_that_would_be_another_run_is_refused(
+    small_config: dict[str, Any], changes: dict[str, Any], words: str
+) -> None:
+    last = run(small_config).run_dir / "weights" / "last.pt"
+    with pytest.raises(CheckpointError, match=words):
+        run(small_config, last, **changes, **{"training.num_epochs": 3})
+
+
+def test_a_resume_takes_the_optimizers_settings_of_the_config(small_config: dict[str, Any]) -> None:
+    last = run(small_config).run_dir / "weights" / "last.pt"
+    run(small_config, last, **{"optimizer.weight_decay": 0.5, "training.num_epochs": 3})
+    assert load_checkpoint(last)["optimizer_state_dict"]["param_groups"][0]["weight_decay"] == 0.5
+
+
+def test_a_folder_is_taken_before_the_first_step_and_a_run_that_is_killed_there_can_go_on(
+    small_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ml_src.core.trainers as trainers
+
+    class Killed(BaseException):
+        pass
+
+    class Kill(Callback):
+        name = "kill"
+
+        def on_step(self, t: Training, num_samples: int) -> None:
+            raise Killed
+
+    build = trainers.build_callbacks
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(trainers, "build_callbacks", lambda *args: [*build(*args), Kill()])
+        run(small_config, run_name="killed")
+    with pytest.raises(TrainingError, match=r"an unfinished run: go on with ml-train --resume runs/killed_fold_0"):
+        run(small_config, run_name="killed")
+    whole = run(small_config, run_name="whole")
+    assert command.main(["--resume", "runs/killed_fold_0"]) == 0
+    assert_same_run(whole.run_dir / "weights" / "last.pt", Path("runs/killed_fold_0/weights/last.pt"))
+
+
+def test_sigterm_to_the_whole_process_group_ends_cleanly(small_config: dict[str, Any]) -> None:
+    """As by `timeout 6 ml-train ...`: the workers must not die before the main process has saved."""
+    small_config["training"] |= {"num_workers": 2, "num_epochs": 500}
+    Path("a.yaml").write_text(yaml.safe_dump(small_config))
+    words = [sys.executable, "-m", "ml_src.cli.train", "--config", "a.yaml"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0) as process:
+        assert process.stderr is not None
+        while "epoch 1/500" not in process.stderr.readline():
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "rror" not in errors, errors
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_file_that_is_damaged_after_the_check_is_one_sentence(
+    small_config: dict[str, Any], sample_dir: Path, tmp_path: Path, num_workers: int
+) -> None:
+    """The start reads the headers of the images alone; what a worker finds later comes without its traceback."""
+    import shutil
+
+    shutil.copytree(sample_dir, tmp_path / "data")
+    image = tmp_path / "data" / (tmp_path / "data/splits/fold_0_train_images.txt").read_text().split()[0]
+    image.write_bytes(image.read_bytes()[:-400])
+    with pytest.raises(MLError, match=image.name) as caught:
+        run(small_config, **{"data.data_dir": str(tmp_path / "data"), "training.num_workers": num_workers})
+    assert "\n" not in str(caught.value)

@@ -85,7 +85,7 @@ def find_pairs(image_dir: Path, mask_dir: Path) -> list[Pair]:
         lonely = [path.name for stem in sorted(found.keys() - lacking.keys()) for path in found[stem]]
         if lonely:
             verb = f"{one} has" if len(lonely) == 1 else f"{one}s have"
-            problems.append(f"{len(lonely)} {verb} no {other} of the same stem: {listed(lonely)}")
+            problems.append(f"{len(lonely)} {verb} no {other} of the same stem: {listed(lonely, len(lonely))}")
     if problems:
         raise DataError("; ".join(problems))
     return [Pair(images[stem][0], masks[stem][0]) for stem in sorted(images)]
@@ -120,7 +120,10 @@ def read_class_names(data_dir: Path) -> list[str] | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}): write one class name a line, in UTF-8") from error
-    return [line.strip() for line in text.strip().split("\n")] if text.strip() else None
+    names = [line.strip() for line in text.strip().split("\n")] if text.strip() else None
+    if names is not None and (len(set(names)) < len(names) or "" in names):
+        raise DataError(f"{path} has an empty line or a name twice: line i names mask value i - 1")
+    return names
 
 
 def read_image(path: Path, channels: int) -> NDArray[np.uint8]:

@@ -3,6 +3,7 @@
 The order of an epoch is a function of (seed, epoch), so that a resumed run skips the finished batches and goes on.
 """
 
+import os
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from ml_src.core.data.segmentation import Sample, SampleKey, SegmentationDataset
+from ml_src.core.errors import MLError
 
 # How many processes read is the user's choice; torch would warn of more than there are cores, for every loader.
 warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -91,7 +93,11 @@ class Loader:
     def epoch(self, epoch: int = 0, first_batch: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of one epoch, from number `first_batch` on."""
         self.sampler.start_at(epoch, first_batch)
-        return iter(self.batches)
+        try:
+            yield from self.batches
+        except MLError as error:  # torch wraps what a worker raised into the text of its traceback
+            sentence = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+            raise type(error)(sentence) from None
 
 
 class Collate:
@@ -106,7 +112,8 @@ class Collate:
         images = np.zeros((len(samples), height, width, samples[0].image.shape[2]), np.uint8)
         masks = None
         if samples[0].mask is not None:
-            small = self.ignore_index <= 255 and samples[0].mask.dtype == np.uint8  # a quarter of the bytes
+            dtypes = {sample.mask.dtype for sample in samples if sample.mask is not None}
+            small = self.ignore_index <= 255 and dtypes == {np.dtype(np.uint8)}  # a quarter of the bytes
             masks = np.full((len(samples), height, width), self.ignore_index, np.uint8 if small else np.int32)
         for index, sample in enumerate(samples):
             h, w = sample.image.shape[:2]
@@ -122,7 +129,7 @@ class Collate:
 
 def _start_worker(_: int) -> None:
     """Workers share the machine with each other: one thread each. Ctrl-C is for the main process to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgrp()  # a terminal, or `timeout`, sends its signal to the whole group of the main process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

@@ -1,7 +1,9 @@
 """A checkpoint and a split in; scores, masks and overlays out. Next to read: `writers.py`."""
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from ml_src.core.config import Config
 from ml_src.core.config_file import parse_config
 from ml_src.core.data.files import read_image
 from ml_src.core.device import choose_device
+from ml_src.core.errors import ConfigError
 from ml_src.core.inference.writers import write_mask, write_overlay
 from ml_src.core.network import build_model
 from ml_src.core.plugins import check_plugins, import_plugins
@@ -40,10 +43,14 @@ def open_model(
     Raises: CheckpointError for a file that is none; ConfigError where it needs plugins that were not given.
     """
     contents = load_checkpoint(path, device)
-    check_plugins(contents["config"].get("plugins") or [], plugins, path)
-    import_plugins(plugins)
     overrides = {} if data_dir is None else {"data.data_dir": str(data_dir), "data.splits_dir": None}
     config = parse_config(contents["config"], overrides, source=str(path))
+    check_plugins(config.plugins, plugins, path)
+    import_plugins(plugins)
+    if not Path(config.data.data_dir).is_dir():
+        raise ConfigError(
+            f"{config.data.data_dir} is not here: start in the folder where you trained, or give --data_dir"
+        )
     model = build_model(config.model)
     load_weights(model, contents["model_state_dict"], path)
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
@@ -68,6 +75,7 @@ def measure_split(
     if output_dir is None:
         home = path.parent.parent if path.parent.name == "weights" else path.parent
         output_dir = home / "inference" / split
+    _require_own(output_dir, split)
     for name in ("masks", "overlays"):
         (output_dir / name).mkdir(parents=True, exist_ok=True)
     (output_dir / "metrics.json").unlink(missing_ok=True)  # its presence says that what lies beside it is complete
@@ -93,3 +101,13 @@ def measure_split(
     report = task.measure(progress)
     write_json(output_dir / "metrics.json", {"checkpoint": str(path), "split": split, **report})
     return Measured(task.results(split, report), output_dir, overlays)
+
+
+def _require_own(output_dir: Path, split: str) -> None:
+    """Refuse a folder that holds another split's predictions: the two would lie in one heap."""
+    path = output_dir / "metrics.json"
+    if path.is_file():
+        with suppress(ValueError, AttributeError):
+            other = json.loads(path.read_text(encoding="utf-8")).get("split")
+            if other not in (None, split):
+                raise ConfigError(f"{output_dir} holds the predictions of {other}: give another --output")

@@ -124,10 +124,16 @@ class Segmentation:
         channels = self.config.model.in_channels
         return SegmentationDataset(self.pairs(split), transforms, channels, self.config.seed, with_masks)
 
-    def _batches(self, dataset: SegmentationDataset, shuffle: bool = False, pin_memory: bool = False) -> Loader:
+    def _batches(
+        self,
+        dataset: SegmentationDataset,
+        shuffle: bool = False,
+        pin_memory: bool = False,
+        batch_size: int | None = None,
+    ) -> Loader:
         return Loader(
             dataset,
-            batch_size=self.config.training.batch_size,
+            batch_size=batch_size or self.config.training.batch_size,
             seed=self.config.seed,
             shuffle=shuffle,
             num_workers=self.config.training.num_workers,
@@ -167,7 +173,10 @@ class Segmentation:
         """
         model.eval()
         pairs = iter(self.pairs(split))
-        for batch in self._batches(self._dataset(split, self.val_transforms, with_masks=False)).epoch():
+        dataset = self._dataset(split, self.val_transforms, with_masks=False)
+        # without a resize the filling of a batch would reach into the smaller images' predictions: one at a time
+        resized = any(isinstance(spec, Resize) for spec in self.config.val_transforms)
+        for batch in self._batches(dataset, batch_size=None if resized else 1).epoch():
             for logits, size in zip(model(self._normalize(batch.images, device)), batch.sizes, strict=True):
                 pair = next(pairs)
                 labels = self._labels(logits, size)

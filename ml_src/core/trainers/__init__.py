@@ -1,6 +1,7 @@
 """`train(config)` builds a run and sees it through. Next to read: `loop.py`, the loop itself."""
 
 import logging
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from ml_src.core.atomic import write_text
 from ml_src.core.callbacks import build_callbacks
 from ml_src.core.checkpoint import load_checkpoint
 from ml_src.core.config import Config
-from ml_src.core.config_file import to_yaml
+from ml_src.core.config_file import parse_config, to_yaml
 from ml_src.core.device import choose_device, seed_everything
 from ml_src.core.errors import ConfigError
 from ml_src.core.network import build_model
@@ -23,6 +24,7 @@ from ml_src.core.plugins import import_plugins
 from ml_src.core.tasks import Task, task_for
 from ml_src.core.trainers.backend import Backend
 from ml_src.core.trainers.loop import fit
+from ml_src.core.trainers.resume import require_same_run
 from ml_src.core.trainers.run_dir import log_to, open_run
 from ml_src.core.trainers.summary import measure
 from ml_src.core.trainers.training import Training
@@ -58,15 +60,16 @@ def train(config: Config, resume: Path | None = None, overwrite: bool = False) -
     training = build_training(config, task, device, run_dir)
     if resume is None:  # not before everything that a mistake in the config can stop
         open_run(run_dir, overwrite)
-    else:
-        restore(training, resume)
-    write_text(run_dir / "config.yaml", to_yaml(config))
     with log_to(run_dir / "logs" / "train.log"):
+        if resume is not None:
+            restore(training, resume)
+            (run_dir / "metrics.json").unlink(missing_ok=True)  # no longer finished
+        write_text(run_dir / "config.yaml", to_yaml(config))
         log.info("%s, %d parameters, on %s", run_dir, sum(p.numel() for p in training.model.parameters()), device)
         with stop_on_ctrl_c(training):
             fit(training)
         if training.interrupted:
-            return Outcome(run_dir, True, f"Stopped. To go on: ml-train --resume {run_dir}")
+            return Outcome(run_dir, True, f"Stopped. To go on: ml-train --resume {shlex.quote(str(run_dir))}")
         if training.stop:
             log.info("Stopped early: %s", training.stop)
         return Outcome(run_dir, False, measure(training))
@@ -112,6 +115,7 @@ def build_training(config: Config, task: Task, device: torch.device, run_dir: Pa
 def restore(training: Training, path: Path) -> None:
     """Go on from a checkpoint file."""
     contents = load_checkpoint(path, training.device)
+    require_same_run(parse_config(contents["config"], source=str(path)), training.config, contents, path)
     training.restore(contents, path)
     threads = contents.get("num_threads")
     if threads != torch.get_num_threads():

@@ -16,9 +16,11 @@ T = TypeVar("T")
 
 def fit(t: Training) -> None:
     """Train until the last epoch, or until a callback or Ctrl-C stops it; goes on from `t.progress`."""
+    started = []
     try:
         for callback in t.callbacks:
             callback.on_start(t)
+            started.append(callback)
         while t.progress.epoch < t.num_epochs and not t.stop:
             train = train_epoch(t)
             val = {} if t.interrupted else evaluate(t)
@@ -31,7 +33,7 @@ def fit(t: Training) -> None:
             for callback in t.callbacks:
                 callback.on_epoch_end(t)
     finally:
-        for callback in t.callbacks:
+        for callback in started:
             callback.on_end(t)
 
 

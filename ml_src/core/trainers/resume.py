@@ -31,6 +31,26 @@ def checkpoint_config(path: Path, overrides: Mapping[str, Any], plugins: Sequenc
 
     The plugins that it names must be among `plugins`, which are imported in their place: opening a file runs no code.
     """
-    raw = dict(load_checkpoint(path)["config"])
-    check_plugins(raw.get("plugins") or [], plugins, path)
-    return parse_config({**raw, "plugins": list(plugins)}, overrides, source=str(path))
+    config = parse_config(load_checkpoint(path)["config"], overrides, source=str(path))
+    check_plugins(config.plugins, plugins, path)
+    return config.model_copy(update={"plugins": list(plugins)})
+
+
+def require_same_run(before: Config, now: Config, contents: Mapping[str, Any], path: Path) -> None:
+    """Refuse to go on with what would be another run: other images, classes or optimizer.
+
+    With another fold, images that were trained on would be used for validation.
+    Raises: CheckpointError that names the key.
+    """
+    same: dict[str, tuple[Any, Any]] = {
+        "the data set": (before.dataset_name, now.dataset_name),
+        "data.fold": (before.data.fold, now.data.fold),
+        "data.num_classes": (before.data.num_classes, now.data.num_classes),
+        "data.ignore_index": (before.data.ignore_index, now.data.ignore_index),
+        "optimizer.type": (before.optimizer.type, now.optimizer.type),
+    }
+    if contents.get("unfinished_epoch", {}).get("batch"):  # the rest of an epoch is counted in its batches
+        same["training.batch_size"] = (before.training.batch_size, now.training.batch_size)
+    for key, (old, new) in same.items():
+        if old != new:
+            raise CheckpointError(f"{path} was trained with {key} {old}, not {new}: start a new run with --run_name")

@@ -1,6 +1,7 @@
 """The folder of a run: who may write into it, its log."""
 
 import logging
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +19,13 @@ def open_run(run_dir: Path, overwrite: bool) -> None:
     Raises: TrainingError where there is a run already, unless `overwrite` says to remove it.
     """
     finished, resumable = (run_dir / "metrics.json").exists(), (run_dir / "weights" / "last.pt").exists()
-    if finished or resumable:  # else it ended before its first epoch: nothing to lose
-        if not overwrite:
-            state = "a finished run: give" if finished else f"an unfinished run: give --resume {run_dir} to go on,"
-            raise TrainingError(f"{run_dir} holds {state} --run_name for another name, or --overwrite")
-        for name in OURS:  # only what is ours: the folder may hold somebody's notes
-            path = run_dir / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if (finished or resumable) and not overwrite:  # else it ended before its first step: nothing to lose
+        resume = f"ml-train --resume {shlex.quote(str(run_dir))}"
+        state = "a finished run: give" if finished else f"an unfinished run: go on with {resume}, or give"
+        raise TrainingError(f"{run_dir} holds {state} --run_name for another name, or --overwrite")
+    for name in OURS:  # only what is ours: the folder may hold somebody's notes
+        path = run_dir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     for name in ("weights", "logs"):
         (run_dir / name).mkdir(parents=True, exist_ok=True)
 

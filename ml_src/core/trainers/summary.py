@@ -1,6 +1,7 @@
 """The end of a run: its best weights measured, and what the numbers say in plain words."""
 
 import logging
+import shlex
 from typing import Any
 
 from ml_src.core.atomic import write_json, write_text
@@ -46,5 +47,6 @@ def _text(t: Training, epoch: int, reports: dict[str, dict[str, Any]], found: li
         lines += ["", t.task.results(split, report)]
     if found:
         lines += ["", "Worth a look:", *(f"  - {sentence}" for sentence in found)]
-    lines += ["", f"Next: ml-inference --checkpoint_path {t.run_dir / 'weights' / 'best.pt'}"]
+    split = "" if "test" in reports else " --split val"
+    lines += ["", f"Next: ml-inference --checkpoint_path {shlex.quote(str(t.run_dir / 'weights' / 'best.pt'))}{split}"]
     return "\n".join(lines) + "\n"

@@ -33,7 +33,8 @@ class Progress:
 
     def add(self, loss: Tensor, num_samples: int) -> None:
         """Add the mean loss of some samples."""
-        self.loss_sum = self.loss_sum + loss.double() * num_samples
+        precise = torch.float32 if loss.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        self.loss_sum = self.loss_sum + loss.to(precise) * num_samples
         self.num_samples += num_samples
 
     def count_step(self, num_batches: int, counts: Tensor) -> None:
@@ -119,8 +120,11 @@ class Training:
         Raises: CheckpointError where the checkpoint does not fit the run.
         """
         load_weights(self.model, contents["model_state_dict"], path)
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(contents["optimizer_state_dict"])
+            for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update(values)  # what the config says now, not what it said then
             self.schedule.load_state_dict(contents["scheduler_state_dict"])
             self.backend.load_state_dict(contents["backend_state_dict"])
             for callback in self.callbacks:

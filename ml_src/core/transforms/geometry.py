@@ -295,7 +295,8 @@ class RandomResizeCrop(Geometric):
             return window(0, 0, width, height, target)
         zoom = sqrt(rng.uniform(*self.scale) * height * width / (rows * columns))  # canvas pixels an output pixel spans
         zoom = min(zoom, height / rows, width / columns)
-        left, top = rng.uniform(0, width - zoom * columns), rng.uniform(0, height - zoom * rows)
+        # max: rounding may leave a room of -1e-14
+        left, top = rng.uniform(0, max(0.0, width - zoom * columns)), rng.uniform(0, max(0.0, height - zoom * rows))
         return window(left, top, zoom * columns, zoom * rows, target)
 
 
