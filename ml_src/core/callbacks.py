@@ -130,9 +130,7 @@ class Checkpoints(Callback):
         self.kept: list[list[float]] = []  # [value, epoch], best first
 
     def on_start(self, t: Training) -> None:
-        if (
-            t.progress.epoch == t.progress.batch == 0
-        ):  # from here on the folder is taken, and a run that is killed can go on
+        if t.progress.step == 0:  # from here on the folder is taken, and a run that is killed can go on
             save_checkpoint(t.run_dir / "weights" / "last.pt", t.checkpoint())
 
     def on_epoch_end(self, t: Training) -> None:
