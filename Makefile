@@ -8,7 +8,7 @@ UV     := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 .PHONY: help setup demo test check fix docs bench clean
 
 help:
-	@echo "make demo   set up, then run the main job on a generated data set (about 3 minutes)"
+	@echo "make demo   set up, then run the main job on a generated data set (about a minute)"
 	@echo "make test   set up, then run the tests"
 	@echo "make setup  the set-up alone, into .venv"
 	@echo "make check  ruff, mypy, import contract, generated docs, tests"

@@ -47,7 +47,6 @@ def build(folder: Path, base_channels: int, size: int, batch_size: int, num_step
     config = parse_config(raw)
     training = build_training(config, task_for(config), torch.device("cpu"), folder / "run")
     training.callbacks = [ProgressLines()]
-    training.callbacks[0].on_start(training)
     return training
 
 
@@ -81,6 +80,7 @@ def main() -> None:
             seconds: dict[str, list[float]] = {"loop": [], "bare": []}
             for number in range(args.rounds + 1):  # the first is the warm-up
                 t.progress = Progress(epoch=number)
+                t.callbacks[0].on_start(t)
                 loop = timed(train_epoch, t)
                 step = timed(bare, t, images, masks, t.progress.step)
                 if number:

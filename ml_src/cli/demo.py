@@ -33,7 +33,7 @@ def _demo(argv: Sequence[str]) -> int:
     config, fold = "configs/sample_config.yaml", Path("runs/sample_fold_0")
     commands: list[tuple[Main, str]] = [
         (split.main, f"ml-split --raw_data {data}/images --mask_data {data}/masks --folds 5 --task segmentation"),
-        (init_config.main, f"ml-init-config {data} --task segmentation --num_epochs {args.num_epochs} --yes"),
+        (init_config.main, f"ml-init-config {data} --task segmentation --num_epochs {args.num_epochs} --lr 0.002 --yes"),
         (train.main, f"ml-train --config {config} --overwrite"),
         (inference.main, f"ml-inference --checkpoint_path {fold}/weights/best.pt"),
     ]
