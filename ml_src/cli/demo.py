@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ml_src.cli import inference, init_config, split, train
 from ml_src.cli._app import Parser, run
-from ml_src.core.errors import MLError
 
 Main = Callable[[Sequence[str]], int]
 
@@ -29,18 +28,21 @@ def _demo(argv: Sequence[str]) -> int:
     (args.output / data).mkdir(parents=True, exist_ok=True)
     os.chdir(args.output)
     write_sample(data)
-    print(f"60 generated images with masks are in {args.output / data}. From here on, what you would type in there:")
+    print(f"Generated images with masks are in {args.output / data}. From here on, what you would type in there:")
     config, fold = "configs/sample_config.yaml", Path("runs/sample_fold_0")
     commands: list[tuple[Main, str]] = [
         (split.main, f"ml-split --raw_data {data}/images --mask_data {data}/masks --folds 5 --task segmentation"),
-        (init_config.main, f"ml-init-config {data} --task segmentation --num_epochs {args.num_epochs} --lr 0.002 --yes"),
+        (
+            init_config.main,
+            f"ml-init-config {data} --task segmentation --num_epochs {args.num_epochs} --lr 0.002 --yes",
+        ),
         (train.main, f"ml-train --config {config} --overwrite"),
         (inference.main, f"ml-inference --checkpoint_path {fold}/weights/best.pt"),
     ]
     for command, line in commands:
         print(f"\n$ {line}", flush=True)
-        if code := command(shlex.split(line)[1:]):
-            raise MLError(f"{line.split()[0]} ended with exit code {code}: the demo stops here")
+        if code := command([*shlex.split(line)[1:], *["--debug"] * args.debug]):
+            return code  # the command has said why
     print("\nPictures to look at:")
     for path in sorted((fold / "inference" / "test" / "overlays").iterdir())[:3]:
         print(f"  {args.output / path}")

@@ -8,7 +8,7 @@ from ml_src.cli._app import Parser, run
 # flag -> configuration key that it overrides
 OVERRIDES = {
     "fold": ("data.fold", int, "which fold is held out for validation"),
-    "batch_size": ("training.batch_size", int, "images a step"),
+    "batch_size": ("training.batch_size", int, "images a batch"),
     "num_epochs": ("training.num_epochs", int, "passes over the training images"),
     "lr": ("optimizer.lr", float, "learning rate"),
     "loss": ("loss.type", str, "dice_loss, dice_bce_loss, iou_loss, cross_entropy, focal_loss"),

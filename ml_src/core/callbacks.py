@@ -19,7 +19,7 @@ from ml_src.core.registry import suggest
 if TYPE_CHECKING:
     from ml_src.core.trainers.training import Training
 
-NUM_PANELS = 20  # about so many pictures a run
+NUM_PANELS = 20  # at most so many pictures a run
 
 log = logging.getLogger("ml_src")
 
@@ -59,13 +59,13 @@ def build_callbacks(config: Config, monitors: tuple[str, ...]) -> list[Callback]
         monitor = getattr(section, "monitor", None)
         if monitor is not None and monitor not in monitors:
             raise ConfigError(f"{section.type}.monitor: unknown metric {monitor!r}; {suggest(monitor, monitors)}")
-    best = next((section for section in sections if isinstance(section, ModelCheckpoint)), None)
+    checkpoints = next((section for section in sections if isinstance(section, ModelCheckpoint)), None)
     callbacks: list[Callback] = [FiniteLoss()]
     callbacks += [StopEarly(section) for section in sections if isinstance(section, EarlyStopping)]
     callbacks.append(ProgressBar() if sys.stderr.isatty() else ProgressLines())
     callbacks.append(TensorBoard(every_step=any(isinstance(section, LrMonitor) for section in sections)))
     # last: what it writes holds the state of all others at the end of the epoch
-    callbacks.append(Checkpoints(best or ModelCheckpoint(type="model_checkpoint")))
+    callbacks.append(Checkpoints(checkpoints or ModelCheckpoint(type="model_checkpoint")))
     return callbacks
 
 
@@ -81,7 +81,7 @@ class FiniteLoss(Callback):
             raise TrainingError(
                 f"{bad} became {t.metrics[bad]} in epoch {t.progress.epoch}: lower optimizer.lr "
                 f"({t.config.optimizer.lr:g}) tenfold, or add gradient_clipping to training.callbacks"
-                + (f"; {kept} is the epoch before" if kept.exists() else "")
+                + (f"; {kept} is the state before" if kept.exists() else "")
             )
 
 
@@ -120,7 +120,7 @@ class StopEarly(Callback):
 
 
 class Checkpoints(Callback):
-    """`weights/last.pt` after every epoch and when stopped, `weights/best.pt`, and the best k as `epoch_N.pt`."""
+    """`weights/last.pt` at the start, after every epoch and when stopped; `best.pt`; the best k as `epoch_N.pt`."""
 
     name = "model_checkpoint"
 
@@ -169,7 +169,7 @@ class Checkpoints(Callback):
 
 
 class TensorBoard(Callback):
-    """Losses, learning rate and scores per epoch, and a panel of image | truth | prediction."""
+    """Losses, learning rate and scores per epoch, and now and then a panel of image | truth | prediction."""
 
     name = "tensorboard"
 
@@ -191,7 +191,7 @@ class TensorBoard(Callback):
             split, _, name = key.partition("_")
             self.writer.add_scalar(f"{name}/{split}" if "/" not in name else f"{split}_{name}", value, step)
         self.writer.add_scalar("lr/epoch", t.schedule.lr, step)
-        if t.progress.epoch % max(1, t.num_epochs // NUM_PANELS) == 0:
+        if t.progress.epoch % -(-t.num_epochs // NUM_PANELS) == 0:
             panel = t.task.panel(t.model, t.device)
             self.writer.add_image("validation: image | truth | prediction", panel, step, dataformats="HWC")
         self.writer.flush()

@@ -28,6 +28,12 @@ CONTENTS: dict[str, type] = {
     "step": int,  # optimizer steps taken
     "metrics": dict,  # of the last finished epoch
     "random_state": dict,
+    # what a resume needs besides
+    "backend_state_dict": dict,
+    "callback_state_dicts": dict,
+    "unfinished_epoch": dict,
+    "num_threads": int,
+    "seconds": float,
 }
 
 
@@ -74,7 +80,7 @@ def load_weights(model: torch.nn.Module, state_dict: dict[str, Any], path: Path)
     except (RuntimeError, TypeError, AttributeError) as error:
         detail = str(error).splitlines()[-1].strip()
         raise CheckpointError(
-            f"the weights in {path} do not fit the network that its config names: {detail}"
+            f"the weights in {path} do not fit the network of this configuration: {detail}"
         ) from error
 
 

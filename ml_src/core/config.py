@@ -51,7 +51,7 @@ class ModelConfig(Section):
     base_channels: Positive = 64
     """Width of the first level of simple_unet; each level down doubles it."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability with which a decoder feature is dropped during training."""
+    """Probability with which a channel of the decoder is dropped during training."""
 
 
 class DiceBceConfig(Section):
@@ -80,7 +80,7 @@ class LossConfig(Section):
     class_weights: list[Annotated[float, Field(ge=0)]] | Literal["balanced"] | None = None
     """One weight a class, or `balanced`: inversely proportional to the class's share of the training pixels."""
     ignore_index: Annotated[int, Field(ge=0, le=65535)] | None = None
-    """Filled in from data.ignore_index, with which it must agree."""
+    """Filled in from data.ignore_index, with which it must agree. A loss itself sees -100 in ignored pixels."""
     dice_bce: DiceBceConfig = DiceBceConfig()
     """Only for `dice_bce_loss`."""
     focal: FocalConfig = FocalConfig()
@@ -91,7 +91,7 @@ class Monitored(Section):
     """A section that watches a metric."""
 
     monitor: str = "val_iou"
-    """The metric: val_iou, val_dice, val_pixel_accuracy, val_loss, train_iou or train_loss."""
+    """The metric: val_ or train_ followed by iou, dice, pixel_accuracy or loss."""
     mode: Mode | None = None
     """`max`: higher is better; `min`: lower is. Left out: `min` for losses, `max` for all else."""
 
@@ -155,15 +155,15 @@ class TrainingConfig(Section):
     """How it is trained."""
 
     trainer_type: Literal["standard", "mixed_precision", "accelerate", "dp", "federated"] = "standard"
-    """How one optimisation step runs."""
+    """How one optimisation step runs; `standard` is the one that is built so far."""
     batch_size: Positive = 8
-    """Images a step (times gradient_accumulation_steps)."""
+    """Images a batch; a step takes gradient_accumulation_steps of them."""
     num_epochs: Positive = 100
     """Passes over the training images."""
     gradient_accumulation_steps: Positive = 1
     """Batches whose gradients are averaged into one step."""
     amp_dtype: Literal["float16", "bfloat16"] = "float16"
-    """The short number format of `mixed_precision`."""
+    """The short number format of `mixed_precision`; no effect yet."""
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
     num_workers: Annotated[int, Field(ge=0)] = 2
@@ -173,7 +173,7 @@ class TrainingConfig(Section):
     callbacks: list[CallbackConfig] = []
     """early_stopping, model_checkpoint, lr_monitor, gradient_clipping; each at most once."""
     dp: DPConfig | None = None
-    """Only for trainer_type `dp`."""
+    """Only for trainer_type `dp`; no effect yet."""
 
 
 class Adam(Section):
@@ -224,7 +224,7 @@ class Schedule(Section):
     """What every schedule of the learning rate has. Steps are optimizer steps; lengths are in epochs."""
 
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
-    """The learning rate rises linearly over these epochs; the schedule itself begins after them."""
+    """The learning rate rises linearly over these epochs; the schedule begins after them (`plateau` counts at once)."""
 
 
 class NoSchedule(Schedule):
@@ -268,7 +268,7 @@ class PlateauSchedule(Schedule, Monitored):
     monitor: str = "val_loss"
     """The metric that is watched; as for the callbacks."""
     patience: Positive = 10
-    """Epochs without improvement before a drop."""
+    """Epochs without improvement that are borne; the next one lowers the rate."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Factor of each drop."""
 
@@ -285,7 +285,7 @@ class TransformsConfig(Section):
     """What happens to a sample. All geometry of a list becomes one resampling."""
 
     train: list[TrainTransform] | None = None
-    """In order. Left out: normalize with the ImageNet statistics."""
+    """In order. Left out: normalize alone, with the ImageNet statistics for RGB, 0.5 and 0.25 for gray."""
     val: list[ValTransform] | None = None
     """Validation, test and prediction: resize and normalize only. Left out: those of `train`."""
 
@@ -302,7 +302,7 @@ class Config(Section):
     """All randomness (weights, order, augmentation) is a function of it."""
     deterministic: bool = False
     """Also forbid the few GPU operations whose result varies from run to run (slower)."""
-    run_name: Annotated[str, Field(pattern=r"^[^/\\\\]*[^/\\\\.][^/\\\\]*$")] | None = None
+    run_name: Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")] | None = None
     """Names the run folder instead of the data set: runs/<run_name>_fold_<fold>."""
     plugins: list[str] = []
     """Python files that register own models or losses; imported before training. Relative to where you start."""
@@ -331,7 +331,7 @@ class Config(Section):
         raw = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()}
         raw = {key: value for key, value in raw.items() if value is not None}  # a section left empty is left out
         data = raw["data"]
-        for key in ("num_workers", "pin_memory"):  # the guide has them under training, older files under data
+        for key in ("num_workers", "pin_memory"):  # about training as much as about data: both places are good
             _move(data, raw.setdefault("training", {}), key)
         for section, key in (("model", "num_classes"), ("loss", "ignore_index")):
             target = raw.setdefault(section, {})
@@ -389,7 +389,9 @@ class Config(Section):
             [s for s in specs if isinstance(s, Normalize)] for specs in (self.train_transforms, self.val_transforms)
         )
         if train != val:
-            problems.append("transforms: normalize must be the same in train and val")
+            problems.append(
+                "transforms: normalize must be the same in train and val: copy it, or leave out transforms.val"
+            )
         return problems
 
     # What follows from the keys, said in one place.
@@ -416,7 +418,7 @@ class Config(Section):
 
     @property
     def ignore_index(self) -> int:
-        """The value that loss and metric pass over: the declared one, else one that no class can have.
+        """The value of ignored pixels in masks: the declared one, else one that no class can have.
 
         Also the value of what a transform brings in from outside the image.
         """

@@ -1,6 +1,6 @@
 """Reads a YAML file and the command line's overrides into a Config, and writes one back. Next to read: `config.py`.
 
-All mistakes of a file are reported at once, each with its key and, for an unknown key, the nearest known one.
+All mistakes in keys and values are reported at once, each with its key and, for an unknown key, the nearest known one.
 """
 
 import types
@@ -122,6 +122,8 @@ def _sentence(problem: dict[str, Any]) -> str:
     if kind == "literal_error":
         known = [word.strip().strip("'") for word in str(problem["ctx"]["expected"]).replace(" or ", ", ").split(",")]
         return f"{key}: unknown value {value!r}; {suggest(str(value), known)}"
+    if kind == "string_pattern_mismatch":
+        return f"{key}: {value!r} is no name for a folder: leave out / and \\"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return message if kind == "value_error" and len(loc) == 0 else f"{key}: {message}, got {value!r}"
 

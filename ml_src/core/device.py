@@ -22,7 +22,7 @@ def choose_device(word: str) -> torch.device:
         device = torch.device(word)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"training.device {word!r} is not on this machine: use auto, cpu, cuda or mps") from error
+        raise ConfigError(f"device {word!r} is not on this machine: use auto, cpu, cuda or mps") from error
     return device
 
 

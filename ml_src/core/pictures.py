@@ -10,7 +10,8 @@ Image = NDArray[np.uint8]
 
 # Paul Tol's "bright" scheme behind a black class 0: told apart also by readers who do not see all colours.
 _BRIGHT = ((0, 0, 0), (238, 102, 119), (34, 136, 51), (68, 119, 170), (204, 187, 68), (102, 204, 238), (170, 51, 119))
-_IGNORED = (187, 187, 187)
+_IGNORED_COLOR = (187, 187, 187)
+TINT = 0.35  # how much of its class's colour a pixel of an overlay takes on
 
 
 def palette(num_colors: int = 256) -> Image:
@@ -28,11 +29,11 @@ def colorize(labels: NDArray[Any], ignore_index: int | None = None) -> Image:
     colors = palette(max(256, int(labels.max(initial=0)) + 1))
     picture = colors[labels]
     if ignore_index is not None:
-        picture[labels == ignore_index] = _IGNORED
+        picture[labels == ignore_index] = _IGNORED_COLOR
     return np.asarray(picture, np.uint8)
 
 
-def overlay(image: Image, labels: NDArray[Any], strength: float = 0.35) -> Image:
+def overlay(image: Image, labels: NDArray[Any]) -> Image:
     """Draw labels (H, W) over an image (H, W, 1 or 3): a tint inside each region and a line at its border.
 
     Class 0 is left as it is.
@@ -40,7 +41,7 @@ def overlay(image: Image, labels: NDArray[Any], strength: float = 0.35) -> Image
     picture = as_rgb(image).copy()
     colors = palette(max(256, int(labels.max(initial=0)) + 1))[labels]
     inside = labels > 0
-    tinted = cv2.addWeighted(picture, 1 - strength, np.asarray(colors, np.uint8), strength, 0)
+    tinted = cv2.addWeighted(picture, 1 - TINT, np.asarray(colors, np.uint8), TINT, 0)
     picture[inside] = tinted[inside]
     small = labels.astype(np.uint16)
     edge = cv2.morphologyEx(small, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0

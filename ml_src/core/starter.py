@@ -176,7 +176,7 @@ def choose(data: Description, overrides: Mapping[str, Any]) -> tuple[Config, dic
         "transforms.train.random_vertical_flip": "remove it where up and down differ, as in street scenes",
         "transforms.train.normalize": "mean and standard deviation of these images",
     }
-    return parse_config(raw, overrides, source="the command line"), reasons
+    return parse_config(raw, overrides, source="the command line"), reasons | dict.fromkeys(overrides, "your choice")
 
 
 def training_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

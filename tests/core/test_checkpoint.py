@@ -24,6 +24,11 @@ def contents() -> dict[str, Any]:
         "step": 12,
         "metrics": {"val_iou": 0.5},
         "random_state": random_state(),
+        "backend_state_dict": {},
+        "callback_state_dicts": {},
+        "unfinished_epoch": {},
+        "num_threads": 1,
+        "seconds": 0.5,
     }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ml_src.core.atomic import write_text
 from ml_src.core.data.files import MEND, Pair, image_info, listed, not_8_bit, read_mask
 from ml_src.core.errors import DataError
 
@@ -108,13 +109,8 @@ class _Cache:
     def save(self) -> None:
         if self.path is None:
             return
-        draft = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        try:
-            draft.write_text(json.dumps({"version": CACHE_VERSION, "masks": self.entries}, separators=(",", ":")))
-            draft.replace(self.path)
-        except OSError:
-            with suppress(OSError):
-                draft.unlink()
+        with suppress(OSError):
+            write_text(self.path, json.dumps({"version": CACHE_VERSION, "masks": self.entries}, separators=(",", ":")))
 
 
 def _stamp(pair: Pair) -> Stamp | None:

@@ -30,7 +30,7 @@ class Sample(NamedTuple):
 
 
 class SegmentationDataset(Dataset[Sample]):
-    """Reads pair i and transforms it; the draw is a pure function of (seed, epoch, i), whatever worker does it.
+    """Reads pair i and transforms it; the draw is a pure function of (seed, key), whatever worker does it.
 
     `with_masks=False` leaves the masks unread (prediction).
     """

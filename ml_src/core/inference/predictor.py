@@ -32,7 +32,6 @@ class Measured:
 
     block: str
     output_dir: Path
-    overlays: list[Path]
 
 
 def open_model(
@@ -80,15 +79,12 @@ def measure_split(
         (output_dir / name).mkdir(parents=True, exist_ok=True)
     (output_dir / "metrics.json").unlink(missing_ok=True)  # its presence says that what lies beside it is complete
 
-    overlays: list[Path] = []
-
     def written() -> Iterator[Any]:
         for prediction in task.predict(model, split, target):
             name = prediction.pair.image.stem + ".png"
             write_mask(output_dir / "masks" / name, prediction.labels, config.data.num_classes)
             image = read_image(prediction.pair.image, config.model.in_channels)
             write_overlay(output_dir / "overlays" / name, image, prediction.labels)
-            overlays.append(output_dir / "overlays" / name)
             yield prediction
 
     progress = track(
@@ -100,7 +96,7 @@ def measure_split(
     )
     report = task.measure(progress)
     write_json(output_dir / "metrics.json", {"checkpoint": str(path), "split": split, **report})
-    return Measured(task.results(split, report), output_dir, overlays)
+    return Measured(task.results(split, report), output_dir)
 
 
 def _require_own(output_dir: Path, split: str) -> None:

@@ -26,7 +26,9 @@ from ml_src.core.transform_specs import Resize
 from ml_src.core.transforms import Pipeline, build_transforms
 
 PANEL_ROWS, PANEL_SIDE = 4, 256
-IGNORED = -100  # in the masks on the device, whatever the files have: losses from elsewhere pass over it by default
+DEVICE_IGNORE = (
+    -100
+)  # in the masks on the device, whatever the files have: losses from elsewhere pass over it by default
 TITLES = {"test": "Test", "val": "Validation", "train": "Training"}
 
 
@@ -43,7 +45,7 @@ class SegmentationMetric:
 
     def __init__(self, class_names: list[str], ignore_index: int) -> None:
         self.class_names, self.ignore_index = class_names, ignore_index
-        self.confusion = ConfusionMatrix(len(class_names), IGNORED)
+        self.confusion = ConfusionMatrix(len(class_names), DEVICE_IGNORE)
 
     @property
     def counts(self) -> Tensor:
@@ -55,7 +57,7 @@ class SegmentationMetric:
         self.confusion.counts = counts
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Count logits (N, C, H, W) against masks (N, H, W), where IGNORED pixels are passed over."""
+        """Count logits (N, C, H, W) against masks (N, H, W), where DEVICE_IGNORE is passed over."""
         self.confusion.update(outputs.argmax(dim=1), targets)
 
     def compute(self) -> dict[str, float]:
@@ -147,13 +149,13 @@ class Segmentation:
         if loss.class_weights == "balanced":
             counts = checks.class_counts(self._facts["train"], self.config.data.num_classes, self.ignore_index)
             loss = loss.model_copy(update={"class_weights": balanced_weights(counts)})
-        return build_loss(loss.model_copy(update={"ignore_index": IGNORED}))
+        return build_loss(loss.model_copy(update={"ignore_index": DEVICE_IGNORE}))
 
     def prepare(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return images (N, C, H, W), normalised float32, and masks (N, H, W) int64 with IGNORED, on the device."""
+        """Return images (N, C, H, W), normalised, and masks (N, H, W) int64 with DEVICE_IGNORE, on the device."""
         assert batch.masks is not None
         masks = batch.masks.to(device, non_blocking=True).long()
-        return self._normalize(batch.images, device), masks.masked_fill_(masks == self.ignore_index, IGNORED)
+        return self._normalize(batch.images, device), masks.masked_fill_(masks == self.ignore_index, DEVICE_IGNORE)
 
     def _normalize(self, images: Tensor, device: torch.device) -> Tensor:
         transforms = self.val_transforms
@@ -271,7 +273,7 @@ def findings(
     Args:
         class_names: one a class.
         train_counts: pixels of each class in the training masks.
-        metrics: of the last epoch, with train_iou and val_iou.
+        metrics: of the best epoch, with train_iou and val_iou.
         val: the report of the validation split.
     """
     found = []

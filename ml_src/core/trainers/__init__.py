@@ -1,7 +1,6 @@
 """`train(config)` builds a run and sees it through. Next to read: `loop.py`, the loop itself."""
 
 import logging
-import shlex
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from ml_src.core.tasks import Task, task_for
 from ml_src.core.trainers.backend import Backend
 from ml_src.core.trainers.loop import fit
 from ml_src.core.trainers.resume import require_same_run
-from ml_src.core.trainers.run_dir import log_to, open_run
+from ml_src.core.trainers.run_dir import command, log_to, open_run
 from ml_src.core.trainers.summary import measure
 from ml_src.core.trainers.training import Training
 
@@ -51,7 +50,7 @@ def train(config: Config, resume: Path | None = None, overwrite: bool = False) -
 
     Raises: MLError for all that the user can mend.
     """
-    choose_backend(config)  # an unknown engine is said before anything is read
+    choose_backend(config)  # a backend that is not built is said before anything is read
     import_plugins(config.plugins)
     device = choose_device(config.training.device)
     run_dir = config.run_dir if resume is None else resume.parent.parent
@@ -59,7 +58,7 @@ def train(config: Config, resume: Path | None = None, overwrite: bool = False) -
     task.check_data()
     training = build_training(config, task, device, run_dir)
     if resume is None:  # not before everything that a mistake in the config can stop
-        open_run(run_dir, overwrite)
+        open_run(run_dir, overwrite, command("ml-train --resume", run_dir, config))
     with log_to(run_dir / "logs" / "train.log"):
         if resume is not None:
             restore(training, resume)
@@ -69,7 +68,7 @@ def train(config: Config, resume: Path | None = None, overwrite: bool = False) -
         with stop_on_ctrl_c(training):
             fit(training)
         if training.interrupted:
-            return Outcome(run_dir, True, f"Stopped. To go on: ml-train --resume {shlex.quote(str(run_dir))}")
+            return Outcome(run_dir, True, f"Stopped. To go on: {command('ml-train --resume', run_dir, config)}")
         if training.stop:
             log.info("Stopped early: %s", training.stop)
         return Outcome(run_dir, False, measure(training))
@@ -117,7 +116,7 @@ def restore(training: Training, path: Path) -> None:
     contents = load_checkpoint(path, training.device)
     require_same_run(parse_config(contents["config"], source=str(path)), training.config, contents, path)
     training.restore(contents, path)
-    threads = contents.get("num_threads")
+    threads = contents["num_threads"]
     if threads != torch.get_num_threads():
         log.info(
             "This run was started with %s threads and goes on with %d: sums are rounded differently from here on.",

@@ -49,7 +49,7 @@ def require_same_run(before: Config, now: Config, contents: Mapping[str, Any], p
         "data.ignore_index": (before.data.ignore_index, now.data.ignore_index),
         "optimizer.type": (before.optimizer.type, now.optimizer.type),
     }
-    if contents.get("unfinished_epoch", {}).get("batch"):  # the rest of an epoch is counted in its batches
+    if contents["unfinished_epoch"]["batch"]:  # the rest of an epoch is counted in its batches
         same["training.batch_size"] = (before.training.batch_size, now.training.batch_size)
     for key, (old, new) in same.items():
         if old != new:

@@ -1,11 +1,11 @@
 """The end of a run: its best weights measured, and what the numbers say in plain words."""
 
 import logging
-import shlex
 from typing import Any
 
 from ml_src.core.atomic import write_json, write_text
 from ml_src.core.checkpoint import load_checkpoint, load_weights
+from ml_src.core.trainers.run_dir import command
 from ml_src.core.trainers.training import Training
 
 log = logging.getLogger("ml_src")
@@ -48,5 +48,8 @@ def _text(t: Training, epoch: int, reports: dict[str, dict[str, Any]], found: li
     if found:
         lines += ["", "Worth a look:", *(f"  - {sentence}" for sentence in found)]
     split = "" if "test" in reports else " --split val"
-    lines += ["", f"Next: ml-inference --checkpoint_path {shlex.quote(str(t.run_dir / 'weights' / 'best.pt'))}{split}"]
+    lines += [
+        "",
+        "Next: " + command("ml-inference --checkpoint_path", t.run_dir / "weights" / "best.pt", t.config) + split,
+    ]
     return "\n".join(lines) + "\n"

@@ -140,7 +140,7 @@ class Training:
             set_random_state(contents["random_state"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(
-                f"{path} does not fit this run ({error}): resume with the optimizer and scheduler it was started with"
+                f"{path} cannot be gone on from ({error!r}): it is incomplete; give the last.pt of the run"
             ) from error
         self.metrics = dict(contents["metrics"])
-        self.seconds_before = float(contents.get("seconds", 0.0))
+        self.seconds_before = float(contents["seconds"])
