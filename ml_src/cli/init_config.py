@@ -63,7 +63,7 @@ def _init_config(argv: Sequence[str]) -> int:
         "height x width": f"{min(heights)}x{min(widths)} to {max(heights)}x{max(widths)}",
         "mean, std (0..1)": f"{data.mean}, {data.std}",
         "classes": ", ".join(f"{n} {s:.1%}" for n, s in zip(data.class_names, data.shares, strict=True)),
-        "ignored": f"{data.ignored:.1%} (value 255)" if data.ignored else "nothing",
+        "ignored": f"{data.ignored:.1%} (value {data.ignore_index})" if data.ignored else "nothing",
         "folds": str(data.folds) if data.folds else "none yet",
     }
     for name, value in rows.items():

@@ -16,7 +16,8 @@ from ml_src.core.data import checks, splits
 from ml_src.core.data.files import Pair, find_pairs, image_info, read_class_names, read_image
 from ml_src.core.errors import DataError
 
-IGNORE = 255
+UNLABELLED = 255  # by convention
+UNLABELLED_NAMES = {"void", "unlabelled", "unlabeled", "ignore", "ignored"}
 MAX_SIDE = 512
 STATISTICS_IMAGES = 200
 
@@ -35,7 +36,8 @@ class Description:
     class_names: list[str]
     named: bool  # the names come from classes.txt
     shares: list[float]  # of the labelled pixels, per class
-    ignored: float  # share of the pixels with value 255
+    ignore_index: int | None  # the value of unlabelled pixels
+    ignored: float  # their share of all pixels
     folds: int  # 0: not split yet
     splits_dir: Path
 
@@ -52,19 +54,21 @@ def describe(data_dir: Path, splits_dir: Path | None = None) -> Description:
     infos = [image_info(pair.image) for pair in pairs]
     names = read_class_names(data_dir)
     values = set().union(*(fact.counts for fact in facts))
-    ignored = max(values) == IGNORE and len(names or ()) <= IGNORE
-    largest = max((value for value in values if not (ignored and value == IGNORE)), default=0)
+    ignore_index = next((i for i, name in enumerate(names or []) if name.lower() in UNLABELLED_NAMES), None)
+    if max(values) == UNLABELLED and len(names or ()) <= UNLABELLED:
+        ignore_index = UNLABELLED
+    largest = max((value for value in values if value != ignore_index), default=0)
     num_classes = len(names) if names else largest + 1
-    if ignored and values == {0, IGNORE}:
+    if values == {0, UNLABELLED} and ignore_index == UNLABELLED:
         raise DataError(
             f"the masks in {data_dir / 'masks'} have the values 0 and 255 only: write class 1 as 1, not 255"
         )
     if num_classes < 2:
         raise DataError(f"the masks in {data_dir / 'masks'} know one class only: draw and name a second")
-    checks.check_masks(pairs, facts, num_classes, IGNORE if ignored else None)
-    counts = checks.class_counts(facts, num_classes, IGNORE if ignored else None)
+    checks.check_masks(pairs, facts, num_classes, ignore_index)
+    counts = checks.class_counts(facts, num_classes, ignore_index)
     if not any(counts):
-        raise DataError(f"the masks in {data_dir / 'masks'} have no labelled pixel, only {IGNORE}")
+        raise DataError(f"the masks in {data_dir / 'masks'} have no labelled pixel, only {ignore_index}")
     pixels = sum(sum(fact.counts.values()) for fact in facts)
     channels = 3 if any(info.channels == 3 for info in infos) else 1
     mean, std = channel_statistics(pairs, channels)
@@ -80,7 +84,8 @@ def describe(data_dir: Path, splits_dir: Path | None = None) -> Description:
         class_names=names or ["background", *(f"class_{index}" for index in range(1, num_classes))],
         named=bool(names),
         shares=[count / max(sum(counts), 1) for count in counts],
-        ignored=1 - sum(counts) / pixels if ignored else 0.0,
+        ignore_index=ignore_index,
+        ignored=1 - sum(counts) / pixels,
         folds=folds,
         splits_dir=splits_dir,
     )
@@ -152,15 +157,16 @@ def choose(data: Description, overrides: Mapping[str, Any]) -> tuple[Config, dic
             ],
         },
     }
-    if data.ignored:
-        raw["data"]["ignore_index"] = IGNORE
+    if data.ignore_index is not None:
+        raw["data"]["ignore_index"] = data.ignore_index
     if data.splits_dir != data.data_dir / "splits":
         raw["data"]["splits_dir"] = data.splits_dir.as_posix()
+    by_name = data.ignore_index in range(len(data.class_names)) and "taken as unlabelled by the name of this class"
     smallest, largest = min(data.sizes), max(data.sizes)
     reasons = {
         "data.num_classes": "from classes.txt" if data.named else "largest value in the masks, plus one",
         "data.class_names": "from classes.txt" if data.named else "write your own, or put them into classes.txt",
-        "data.ignore_index": f"{data.ignored:.1%} of the mask pixels have this value: taken as unlabelled",
+        "data.ignore_index": f"{data.ignored:.1%} of the mask pixels: {by_name or 'taken as unlabelled'}",
         "data.fold": f"one of {data.folds}; ml-train --fold K trains another" if data.folds else "run ml-split first",
         "model.in_channels": "the images are in colour" if data.channels == 3 else "the images are gray",
         "model.base_channels": "the full width: there is a GPU"

@@ -67,6 +67,16 @@ def test_names_come_from_classes_txt_and_count_classes_without_a_pixel() -> None
     assert load_config(Path("configs/a_config.yaml")).data.class_names == ["ground", "house", "lake"]
 
 
+def test_a_class_named_void_is_taken_as_unlabelled(capsys: pytest.CaptureFixture[str]) -> None:
+    data = draw(Path("data/a"), gray(), masks_of([0, 1, 2, 2]))
+    (data / "classes.txt").write_text("ground\nhouse\nVoid\n")
+    assert init_config.main(["data/a"]) == 0
+    config = load_config(Path("configs/a_config.yaml"))
+    assert (config.data.num_classes, config.data.ignore_index) == (3, 2)
+    assert "by the name of this class" in Path("configs/a_config.yaml").read_text()
+    assert "(value 2)" in capsys.readouterr().out
+
+
 def test_flags_land_in_the_file() -> None:
     draw(Path("data/a"), gray(), masks_of([0, 1]))
     assert (

@@ -136,9 +136,9 @@ def test_good_numbers_have_no_findings() -> None:
     ("metrics", "counts", "matrix", "words"),
     [
         ({"train_iou": 0.9, "val_iou": 0.5}, [9, 2, 1], [[90, 1, 1], [1, 20, 1], [1, 1, 10]], ["Overfitting", "0.90"]),
-        ({}, [9, 2, 1], [[90, 1, 9], [1, 20, 9], [9, 9, 5]], ["Class 2 (fibre) has a very low IoU"]),
-        ({}, [9, 2, 1], [[90, 1, 0], [1, 20, 0], [9, 1, 0]], ["Class 2 (fibre) is never predicted"]),
-        ({}, [9, 2, 0], [[90, 1, 0], [1, 20, 0], [9, 1, 0]], ["Class 2 (fibre) has no pixel in the training masks"]),
+        ({}, [9, 2, 1], [[90, 1, 9], [1, 20, 9], [9, 9, 5]], ["Very low IoU: class 2 (fibre, IoU 0.12"]),
+        ({}, [9, 2, 1], [[90, 1, 0], [1, 20, 0], [9, 1, 0]], ["Never predicted: class 2 (fibre, 8.3%"]),
+        ({}, [9, 2, 0], [[90, 1, 0], [1, 20, 0], [9, 1, 0]], ["No pixel in the training masks has class 2 (fibre)"]),
         ({}, [9, 2, 1], [[990, 0, 0], [30, 2, 0], [30, 0, 2]], ["Pixel accuracy is", "predicts mostly background"]),
     ],
 )
@@ -148,6 +148,13 @@ def test_each_sign_of_trouble_is_said_where_it_shows(
     found = " ".join(findings(NAMES, counts, metrics, report_of(matrix)))
     assert all(word in found for word in words)
     assert bool(found) == bool(words)
+
+
+def test_an_ignored_class_is_no_finding_and_has_no_score() -> None:
+    val = report_of([[90, 1, 0], [1, 20, 0], [0, 0, 0]])
+    assert findings(NAMES, [9, 2, 0], {}, val, ignore_index=2) == []
+    task = task_of(Path("nowhere"), **{"data.ignore_index": 2})
+    assert "    Class 2 (fibre): ignored" in task.results("val", {"num_images": 1, **val})
 
 
 def test_balanced_weights_come_from_the_training_masks(tmp_path: Path) -> None:

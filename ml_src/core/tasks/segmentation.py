@@ -232,7 +232,8 @@ class Segmentation:
             "  Per-class IoU:",
         ]
         for index, (name, value) in enumerate(zip(self.class_names, report["iou_per_class"], strict=True)):
-            lines.append(f"    Class {index} ({name}): {_number(value)}")
+            score = "ignored" if index == self.ignore_index else _number(value)
+            lines.append(f"    Class {index} ({name}): {score}")
         present = sum(value is not None for value in report["iou_per_class"])
         lines += [
             "",
@@ -244,7 +245,7 @@ class Segmentation:
     def findings(self, metrics: dict[str, float], reports: dict[str, dict[str, Any]]) -> list[str]:
         """Return the guide's signs of trouble that the numbers show, each with what to try."""
         counts = checks.class_counts(self._facts["train"], self.config.data.num_classes, self.ignore_index)
-        return findings(self.class_names, counts, metrics, reports["val"])
+        return findings(self.class_names, counts, metrics, reports["val"], self.ignore_index)
 
     @torch.inference_mode()
     def panel(self, model: nn.Module, device: torch.device) -> Image:
@@ -266,7 +267,11 @@ class Segmentation:
 
 
 def findings(
-    class_names: list[str], train_counts: list[int], metrics: dict[str, float], val: dict[str, Any]
+    class_names: list[str],
+    train_counts: list[int],
+    metrics: dict[str, float],
+    val: dict[str, Any],
+    ignore_index: int | None = None,
 ) -> list[str]:
     """Return what is worth a second look, in plain words.
 
@@ -275,6 +280,7 @@ def findings(
         train_counts: pixels of each class in the training masks.
         metrics: of the best epoch, with train_iou and val_iou.
         val: the report of the validation split.
+        ignore_index: the class that is not learned, if it is one.
     """
     found = []
     gap = metrics.get("train_iou", math.nan) - metrics.get("val_iou", math.nan)
@@ -283,29 +289,35 @@ def findings(
             f"Overfitting: mean IoU is {metrics['train_iou']:.2f} on the training images and {metrics['val_iou']:.2f} "
             "on the validation images. Try more augmentation, model.dropout, optimizer.weight_decay or more images."
         )
-    for index, name in enumerate(class_names):
-        if train_counts[index] == 0:
-            found.append(
-                f"Class {index} ({name}) has no pixel in the training masks. Check the values of the masks and "
-                "num_classes, or split again with --stratified."
-            )
     predicted = np.asarray(val["confusion_matrix"]).sum(axis=0)
     truth = np.asarray(val["confusion_matrix"]).sum(axis=1)
-    known = [value for value in val["iou_per_class"] if value is not None]
+    best = max((value for value in val["iou_per_class"] if value is not None), default=0.0)
+    absent, silent, low = [], [], []
     for index, (name, value) in enumerate(zip(class_names, val["iou_per_class"], strict=True)):
-        if value is None or train_counts[index] == 0:
-            continue
         share = train_counts[index] / max(sum(train_counts), 1)
-        if truth[index] > 0 and predicted[index] == 0:
-            found.append(
-                f"Class {index} ({name}) is never predicted ({share:.1%} of the training pixels). Train longer, try "
-                "loss.type dice_bce_loss or class_weights: balanced, and check its masks."
-            )
-        elif value < 0.3 and value < 0.6 * max(known):
-            found.append(
-                f"Class {index} ({name}) has a very low IoU of {value:.2f} ({share:.1%} of the training pixels): class "
-                "imbalance or poor masks. Try dice_loss or class_weights: balanced, and look at its overlays."
-            )
+        if index == ignore_index:
+            continue
+        if share == 0:
+            absent.append(f"{index} ({name})")
+        elif truth[index] > 0 and predicted[index] == 0:
+            silent.append(f"{index} ({name}, {share:.1%} of the training pixels)")
+        elif value is not None and value < 0.3 and value < 0.6 * best:
+            low.append(f"{index} ({name}, IoU {value:.2f}, {share:.1%} of the training pixels)")
+    if absent:
+        found.append(
+            f"No pixel in the training masks has class {', '.join(absent)}. Check the values of the masks and "
+            "num_classes, or split again with --stratified."
+        )
+    if silent:
+        found.append(
+            f"Never predicted: class {', '.join(silent)}. Train longer, try class_weights: balanced or another loss, "
+            "and check the masks."
+        )
+    if low:
+        found.append(
+            f"Very low IoU: class {', '.join(low)}. Class imbalance or poor masks: try class_weights: balanced or "
+            "dice_loss, and look at the overlays."
+        )
     accuracy, mean = val["pixel_accuracy"], val["iou"]
     if accuracy is not None and mean is not None and accuracy > 0.85 and mean < 0.6:
         common = class_names[int(np.argmax(truth))]
