@@ -1,9 +1,7 @@
 """The command ml-split: which images are for testing, training and validation. Next to read: `core/data/splits.py`."""
 
 import argparse
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ml_src.cli._app import Parser, run
@@ -13,10 +11,8 @@ if TYPE_CHECKING:
 
     from ml_src.core.data.checks import MaskFacts
     from ml_src.core.data.files import Pair
-    from ml_src.core.data.splits import Splits
+    from ml_src.core.data.split_report import Row
 
-# By convention the mask value of unlabelled pixels.
-IGNORED = 255
 # From so many masks on, reading them takes long enough for a progress bar.
 MANY = 100
 
@@ -66,7 +62,7 @@ def _split(argv: Sequence[str]) -> int:
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
-    from ml_src.core.data import checks, splits
+    from ml_src.core.data import checks, split_report, splits
     from ml_src.core.data.files import find_pairs, read_class_names
     from ml_src.core.errors import ConfigError
     from ml_src.core.registry import suggest
@@ -95,7 +91,7 @@ def _split(argv: Sequence[str]) -> int:
             shutil.copyfile(cache, draft)
         facts = _scan(pairs, draft)
         checks.check_files(pairs, facts)
-        classes = _classes(facts, names)
+        classes, unlabelled = split_report.class_values(facts, names)
         counts = [{value: fact.counts[value] for value in classes if value in fact.counts} for fact in facts]
         drawn = splits.make_splits(
             counts, groups, args.folds, args.test_split, args.val_split, args.stratified, args.seed
@@ -105,10 +101,10 @@ def _split(argv: Sequence[str]) -> int:
         with suppress(OSError):
             shutil.copyfile(draft, cache)
 
-    rows = _rows(drawn, facts, classes, groups)
+    rows = split_report.rows_of(drawn, facts, classes, groups)
     labels = [names[value] if names and value < len(names) else str(value) for value in classes]
-    _print_table(rows, labels, groups is not None)
-    for doubt in (_odd_values(facts, names), _absent(rows, labels, args.stratified)):
+    _print_table(rows, labels, unlabelled, groups is not None)
+    for doubt in (split_report.odd_values(facts, names), split_report.absent_classes(rows, labels, args.stratified)):
         if doubt:
             print(f"warning: {doubt}")
     print(f"{len(pairs)} pairs; index files in {splits_dir}{' (unchanged)' if unchanged else ''}")
@@ -130,43 +126,7 @@ def _scan(pairs: "Sequence[Pair]", cache_path: "Path") -> "list[MaskFacts]":
         return scan(pairs, cache_path, lambda done: bar.update(task, completed=done))
 
 
-def _classes(facts: "Sequence[MaskFacts]", names: list[str] | None) -> list[int]:
-    """Return the mask values that are classes: those named and those found, but the one that means "unlabelled"."""
-    found = {value for fact in facts for value in fact.counts} | set(range(len(names or [])))
-    if max(found) == IGNORED and len(names or []) <= IGNORED:
-        found.remove(IGNORED)
-    return sorted(found)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One line of the table: a part of the split, with its pixels per class and without one."""
-
-    name: str
-    num_images: int
-    num_groups: int
-    pixels: list[int]
-    ignored: int
-
-
-def _rows(
-    drawn: "Splits", facts: "Sequence[MaskFacts]", classes: list[int], groups: Sequence[str] | None
-) -> list[_Row]:
-    parts = {"test": drawn.test}
-    for fold, (train, val) in enumerate(drawn.folds):
-        parts |= {f"fold {fold} train": train, f"fold {fold} val": val}
-    rows = []
-    for name, indices in parts.items():
-        total: Counter[int] = Counter()
-        for index in indices:
-            total.update(facts[index].counts)
-        num_groups = len({groups[index] for index in indices}) if groups else 0
-        pixels = [total[value] for value in classes]
-        rows.append(_Row(name, len(indices), num_groups, pixels, total.total() - sum(pixels)))
-    return rows
-
-
-def _print_table(rows: list[_Row], labels: list[str], with_groups: bool) -> None:
+def _print_table(rows: "list[Row]", labels: list[str], unlabelled: int | None, with_groups: bool) -> None:
     """Print one line a part; as many tables below each other as the terminal's width asks for."""
     from rich.box import SIMPLE
     from rich.console import Console
@@ -185,7 +145,7 @@ def _print_table(rows: list[_Row], labels: list[str], with_groups: bool) -> None
     ]
     if any(row.ignored for row in rows):
         ignored = [_percent(row.ignored, row.ignored + sum(row.pixels)) for row in rows]
-        shares.append((f"{IGNORED} (ignored) %", ignored))
+        shares.append((f"{unlabelled} (ignored) %", ignored))
 
     used = first_width = sum(max(map(len, [title, *cells])) + 3 for title, cells in fixed.items())
     tables = [list(fixed.items())]
@@ -209,39 +169,3 @@ def _percent(part: int, whole: int) -> str:
     if part == 0:
         return "0" if whole else "-"
     return f"{100 * part / whole:.2f}" if part / whole >= 0.00005 else "<0.01"
-
-
-def _odd_values(facts: "Sequence[MaskFacts]", names: list[str] | None) -> str | None:
-    """Say what is odd about the mask values, before a training stumbles over it."""
-    from ml_src.core.data.files import MEND, listed
-
-    values = sorted({value for fact in facts for value in fact.counts})
-    classes = [value for value in values if value != IGNORED or values[-1] > IGNORED]
-    if values == [0, IGNORED]:
-        return f"the masks have the values 0 and {IGNORED} only, but class 1 has the value 1: {MEND}"
-    if names and classes and classes[-1] >= len(names):
-        foreign = [value for value in classes if value >= len(names)]
-        return f"the masks have values [{listed(foreign, 10)}] but classes.txt names {len(names)} classes: {MEND}"
-    if not names and classes and classes[-1] >= len(classes):
-        return f"the masks have values [{listed(classes, 10)}], but classes are counted 0, 1, 2, ...: {MEND}"
-    return None
-
-
-def _absent(rows: list[_Row], labels: list[str], stratified: bool) -> str | None:
-    """Name the classes that a test or val part has no pixel of: their score there will say nothing."""
-    from ml_src.core.data.files import listed
-
-    measured = [row for row in rows if not row.name.endswith("train") and row.num_images]
-    gaps = []
-    for index, label in enumerate(labels):
-        where = [row.name for row in measured if not row.pixels[index]]
-        if len(where) == len(measured):
-            where = ["any test or val part"]
-        if where:
-            gaps.append(f"{label} in {listed(where, 5)}")
-    if not gaps:
-        return None
-    places = "; of ".join(gaps[:10])
-    more = f"; and {len(gaps) - 10} more classes" if len(gaps) > 10 else ""
-    remedy = "too few images have it" if stratified else "--stratified spreads rare classes"
-    return f"no pixel of {places}{more}: such a class is not measured there ({remedy})"

@@ -16,8 +16,6 @@ from ml_src.core.data import checks, splits
 from ml_src.core.data.files import Pair, find_pairs, image_info, read_class_names, read_image
 from ml_src.core.errors import DataError
 
-UNLABELLED = 255  # by convention
-UNLABELLED_NAMES = {"void", "unlabelled", "unlabeled", "ignore", "ignored"}
 MAX_SIDE = 512
 STATISTICS_IMAGES = 200
 
@@ -54,12 +52,10 @@ def describe(data_dir: Path, splits_dir: Path | None = None) -> Description:
     infos = [image_info(pair.image) for pair in pairs]
     names = read_class_names(data_dir)
     values = set().union(*(fact.counts for fact in facts))
-    ignore_index = next((i for i, name in enumerate(names or []) if name.lower() in UNLABELLED_NAMES), None)
-    if max(values) == UNLABELLED and len(names or ()) <= UNLABELLED:
-        ignore_index = UNLABELLED
+    ignore_index = checks.unlabelled_value(values, names)
     largest = max((value for value in values if value != ignore_index), default=0)
     num_classes = len(names) if names else largest + 1
-    if values == {0, UNLABELLED} and ignore_index == UNLABELLED:
+    if values == {0, checks.UNLABELLED} and ignore_index == checks.UNLABELLED:
         raise DataError(
             f"the masks in {data_dir / 'masks'} have the values 0 and 255 only: write class 1 as 1, not 255"
         )

@@ -7,7 +7,7 @@ splits: a second start reads no mask. All rules are then arithmetic on these fac
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +20,8 @@ from ml_src.core.atomic import write_text
 from ml_src.core.data.files import MEND, Pair, image_info, listed, not_8_bit, read_mask
 from ml_src.core.errors import DataError
 
+UNLABELLED = 255
+UNLABELLED_NAMES = {"void", "unlabelled", "unlabeled", "ignore", "ignored"}
 CACHE_VERSION = 1
 NUM_NAMED = 10
 
@@ -120,6 +122,16 @@ def _stamp(pair: Pair) -> Stamp | None:
     except OSError:
         return None
     return [mask.st_size, mask.st_mtime_ns, image.st_size, image.st_mtime_ns]
+
+
+def unlabelled_value(values: Collection[int], names: Sequence[str] | None) -> int | None:
+    """Return the mask value that means "unlabelled" by convention, or None.
+
+    That is 255 where it is the largest value and no class has it, else a class of classes.txt named void or the like.
+    """
+    if max(values) == UNLABELLED and len(names or ()) <= UNLABELLED:
+        return UNLABELLED
+    return next((index for index, name in enumerate(names or ()) if name.lower() in UNLABELLED_NAMES), None)
 
 
 def check_masks(pairs: Sequence[Pair], facts: Sequence[MaskFacts], num_classes: int, ignore_index: int | None) -> None:
