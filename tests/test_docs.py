@@ -166,7 +166,7 @@ def test_a_block_that_is_wrong_would_be_noticed() -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_python_blocks_are_python(path: Path) -> None:
     for code in blocks(path, "python"):
-        compile(code, name_of(path), "exec")
+        assert compile(code, name_of(path), "exec").co_code
 
 
 def test_the_guides_script_turns_colours_into_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

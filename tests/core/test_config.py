@@ -190,7 +190,9 @@ def test_help_answers_without_torch(module: str) -> None:
         "except SystemExit as end: assert end.code == 0\n"
         "assert 'torch' not in sys.modules and 'cv2' not in sys.modules, 'imported'"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: ml-" in done.stdout
 
 
 def test_a_mistake_in_the_yaml_is_answered_without_torch(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Every loss is the mean over the batch of `per_sample`: an image's gradient never
 batch, which the per-sample clipping of differential privacy needs.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from ml_src.core.config import LossConfig
 from ml_src.core.errors import ConfigError, DataError
 
 
-class SegmentationLoss(nn.Module):
+class SegmentationLoss(nn.Module, ABC):
     """What all losses share: the ignore rule, the class weights, and the mean over images of a per-image loss.
 
     A pixel whose target is ignore_index counts for nothing, also where ignore_index is one of the classes; an image
@@ -47,9 +48,9 @@ class SegmentationLoss(nn.Module):
         labels, valid = split_targets(logits, targets, self.ignore_index)
         return self.per_image(logits, labels, valid)
 
+    @abstractmethod
     def per_image(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        """Return the loss of each image, (N,), from the outcome of `split_targets`: what a subclass defines."""
-        raise NotImplementedError
+        """Return the loss of each image, (N,), from the outcome of `split_targets`."""
 
     def pixel_mean(self, pixel_losses: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         """Weigh each pixel by its true class and average over the valid pixels of each image.
