@@ -12,7 +12,6 @@ from ml_src.core.data.files import (
     Pair,
     find_pairs,
     image_info,
-    image_size,
     read_class_names,
     read_image,
     read_mask,
@@ -185,7 +184,6 @@ def test_exif_orientation_is_applied_to_pixels_and_size(tmp_path, suffix, orient
     pixels = read_image(path, 3)
     assert pixels.shape == upright.shape
     assert np.abs(pixels.astype(int) - upright)[[2, -3]][:, [2, -3]].max() < 40  # lossy only a little inside a quarter
-    assert image_size(path) == upright.shape[:2]
     assert image_info(path) == ImageInfo(*upright.shape[:2], 3, 8)
 
 
@@ -267,7 +265,7 @@ def test_a_file_cut_short_is_named(tmp_path, suffix):
 
 
 def test_a_file_that_is_gone_is_named(tmp_path):
-    for read in (read_mask, image_size, image_info):
+    for read in (read_mask, image_info):
         with pytest.raises(DataError, match=r"gone\.png does not exist"):
             read(tmp_path / "gone.png")
 

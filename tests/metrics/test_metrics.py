@@ -75,16 +75,6 @@ def test_updates_add_up_to_the_whole():
     assert np.array_equal(confusion.matrix, matrix_of(labels, masks))
 
 
-def test_merge_adds_the_counts_of_another_matrix():
-    labels, masks = sample()
-    first, second = ConfusionMatrix(4, None), ConfusionMatrix(4, None)
-    first.update(labels[:1], masks[:1])
-    second.update(labels[1:], masks[1:])
-    first.merge(second)
-    assert np.array_equal(first.matrix, matrix_of(labels, masks))
-    assert second.matrix.sum() == masks[1:].size
-
-
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
 def test_arrays_and_tensors_of_any_integer_type_count_the_same(dtype):
     labels, masks = sample()

@@ -145,12 +145,6 @@ def not_8_bit(path: Path, bits: int) -> str:
     return f"{path} has {bits} bits per sample: an 8-bit gray or RGB image is expected, convert it"
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Return (height, width) in pixels after EXIF, from the header alone."""
-    with _opened(path) as (_, header):
-        return header.height, header.width
-
-
 def image_info(path: Path) -> ImageInfo:
     """Describe a gray or RGB image of any bit depth from its header alone.
 

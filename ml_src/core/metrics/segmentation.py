@@ -53,10 +53,6 @@ class ConfusionMatrix:
             raise
         self.counts = self.counts.to(counts.device) + counts[: size**2]
 
-    def merge(self, other: "ConfusionMatrix") -> None:
-        """Add the counts of another matrix over the same classes."""
-        self.counts = self.counts + other.counts.to(self.counts.device)
-
     @property
     def matrix(self) -> Matrix:
         """The counts, (C, C) int64; rows are truth, columns prediction."""

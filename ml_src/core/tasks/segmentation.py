@@ -84,6 +84,7 @@ class Segmentation:
                 f"model.in_channels is {config.model.in_channels}: images are read as gray (1) or RGB (3)"
             )
         self.config = config
+        self._pairs: dict[str, list[Pair]] = {}
         self.data_dir = Path(config.data.data_dir)
         self.class_names = config.class_names
         self.ignore_index = config.ignore_index
@@ -92,8 +93,10 @@ class Segmentation:
 
     def pairs(self, split: str) -> list[Pair]:
         """Return the image/mask pairs of `train`, `val` or `test` from the index files of the fold."""
-        name = split if split == "test" else f"fold_{self.config.data.fold}_{split}"
-        return splits.read_split(self.config.splits_dir, self.data_dir, name)
+        if split not in self._pairs:  # once: reading looks every listed file up
+            name = split if split == "test" else f"fold_{self.config.data.fold}_{split}"
+            self._pairs[split] = splits.read_split(self.config.splits_dir, self.data_dir, name)
+        return self._pairs[split]
 
     def num_images(self, split: str) -> int:
         """Return how many images a split has."""
