@@ -9,14 +9,19 @@ from typing import Any, BinaryIO
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes `path`'s place when the block ends well, and leaves no trace when it does not."""
+def replacing(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a file that takes `path`'s place when the block ends well, and leaves no trace when it does not.
+
+    What was at `path` goes to `previous`, where that is given; at no moment are both names without a whole file.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            path.replace(previous)
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)

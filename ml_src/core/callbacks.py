@@ -9,10 +9,10 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ml_src.core.checkpoint import save_checkpoint
-from ml_src.core.config import Config, EarlyStopping, LrMonitor, ModelCheckpoint
+from ml_src.core.config import Config, EarlyStopping, Every, LrMonitor, ModelCheckpoint
 from ml_src.core.errors import ConfigError, TrainingError
 from ml_src.core.registry import suggest
 
@@ -49,8 +49,10 @@ class Callback:
         """Go on from `state_dict`."""
 
 
-def build_callbacks(config: Config, monitors: tuple[str, ...]) -> list[Callback]:
-    """Return the callbacks of a run, in the order in which they are called.
+def build_callbacks(
+    config: Config, monitors: tuple[str, ...], of_backend: Sequence[Callback] = (), is_main: bool = True
+) -> list[Callback]:
+    """Return the callbacks of a run, in the order in which they are called; what shows or draws is the main process's.
 
     Raises: ConfigError for a metric that the task does not have.
     """
@@ -62,24 +64,29 @@ def build_callbacks(config: Config, monitors: tuple[str, ...]) -> list[Callback]
     checkpoints = next((section for section in sections if isinstance(section, ModelCheckpoint)), None)
     callbacks: list[Callback] = [FiniteLoss()]
     callbacks += [StopEarly(section) for section in sections if isinstance(section, EarlyStopping)]
-    callbacks.append(ProgressBar() if sys.stderr.isatty() else ProgressLines())
-    callbacks.append(TensorBoard(every_step=any(isinstance(section, LrMonitor) for section in sections)))
+    callbacks += of_backend
+    if is_main:
+        callbacks.append(ProgressBar() if sys.stderr.isatty() else ProgressLines())
+        callbacks.append(TensorBoard(every_step=any(isinstance(section, LrMonitor) for section in sections)))
     # last: what it writes holds the state of all others at the end of the epoch
-    callbacks.append(Checkpoints(checkpoints or ModelCheckpoint(type="model_checkpoint")))
+    section = checkpoints or ModelCheckpoint(type="model_checkpoint")
+    callbacks.append(Checkpoints(section, config.checkpoint_every))
     return callbacks
 
 
 class FiniteLoss(Callback):
-    """Ends a run whose loss is no longer a number, before it overwrites a good checkpoint."""
+    """Ends a run whose validation loss is no longer a number, before it overwrites a good checkpoint.
+
+    The training loss is looked at before every step, by `Training.require_finite`.
+    """
 
     name = "finite_loss"
 
     def on_epoch_end(self, t: Training) -> None:
-        bad = next((key for key in ("train_loss", "val_loss") if not math.isfinite(t.metrics[key])), None)
-        if bad is not None:
+        if not math.isfinite(t.metrics["val_loss"]):
             kept = t.run_dir / "weights" / "last.pt"
             raise TrainingError(
-                f"{bad} became {t.metrics[bad]} in epoch {t.progress.epoch}: lower optimizer.lr "
+                f"val_loss became {t.metrics['val_loss']} in epoch {t.progress.epoch}: lower optimizer.lr "
                 f"({t.config.optimizer.lr:g}) tenfold, or add gradient_clipping to training.callbacks"
                 + (f"; {kept} is the state before" if kept.exists() else "")
             )
@@ -120,18 +127,31 @@ class StopEarly(Callback):
 
 
 class Checkpoints(Callback):
-    """`weights/last.pt` at the start, after every epoch and when stopped; `best.pt`; the best k as `epoch_N.pt`."""
+    """`weights/last.pt` at the start, after every epoch, as often as `every` says, and when stopped; `best.pt`; the
+    best k as `epoch_N.pt`.
+    """
 
     name = "model_checkpoint"
 
-    def __init__(self, section: ModelCheckpoint) -> None:
-        self.section = section
+    def __init__(self, section: ModelCheckpoint, every: Every | None = None) -> None:
+        self.section, self.every = section, every
         self.best: float | None = None
         self.kept: list[list[float]] = []  # [value, epoch], best first
 
     def on_start(self, t: Training) -> None:
+        self.last_save = time.monotonic()
         if t.progress.step == 0:  # from here on the folder is taken, and a run that is killed can go on
-            save_checkpoint(t.run_dir / "weights" / "last.pt", t.checkpoint())
+            t.save("last.pt")
+
+    def on_step(self, t: Training, num_samples: int) -> None:
+        if self.every is None or t.stop:  # when the loop stops, it saves anyway
+            return
+        due = self.every.steps is not None and t.progress.step % self.every.steps == 0
+        if self.every.seconds is not None:  # the clocks of several processes differ
+            due = t.backend.any(time.monotonic() - self.last_save >= self.every.seconds)
+        if due:
+            t.save("last.pt")
+            self.last_save = time.monotonic()
 
     def on_epoch_end(self, t: Training) -> None:
         value, epoch = t.metrics[self.section.monitor], t.progress.epoch
@@ -140,18 +160,16 @@ class Checkpoints(Callback):
         if is_best:
             self.best = None if math.isnan(value) else value
         dropped = self._keep(value, epoch)
-        contents = t.checkpoint()
-        if is_best:
-            save_checkpoint(folder / "best.pt", contents)
-        if self.section.save_top_k > 1 and epoch not in dropped:
-            save_checkpoint(folder / f"epoch_{epoch}.pt", contents)
-        save_checkpoint(folder / "last.pt", contents)
-        for old in dropped:
-            (folder / f"epoch_{old}.pt").unlink(missing_ok=True)
+        keeps_epoch = self.section.save_top_k > 1 and epoch not in dropped
+        t.save(*["best.pt"] * is_best, *[f"epoch_{epoch}.pt"] * keeps_epoch, "last.pt")
+        self.last_save = time.monotonic()
+        if t.backend.is_main:
+            for old in dropped:
+                (folder / f"epoch_{old}.pt").unlink(missing_ok=True)
 
     def on_end(self, t: Training) -> None:
         if t.interrupted:
-            save_checkpoint(t.run_dir / "weights" / "last.pt", t.checkpoint())
+            t.save("last.pt")
 
     def _keep(self, value: float, epoch: int) -> list[int]:
         """Enter an epoch into the best k; return those that fall out."""
@@ -192,7 +210,7 @@ class TensorBoard(Callback):
             self.writer.add_scalar(f"{name}/{split}" if "/" not in name else f"{split}_{name}", value, step)
         self.writer.add_scalar("lr/epoch", t.schedule.lr, step)
         if t.progress.epoch % -(-t.num_epochs // NUM_PANELS) == 0:
-            panel = t.task.panel(t.model, t.device)
+            panel = t.task.panel(t.measured, t.device)
             self.writer.add_image("validation: image | truth | prediction", panel, step, dataformats="HWC")
         self.writer.flush()
 
@@ -212,10 +230,13 @@ class ProgressLines(Callback):
     def on_step(self, t: Training, num_samples: int) -> None:
         self.num_samples += num_samples
         if time.monotonic() - self.last_line > 30:
-            self._say(f"epoch {t.progress.epoch + 1}/{t.num_epochs}, batch {t.progress.batch}/{len(t.train_loader)}", t)
+            step = f"step {t.progress.epoch_step}/{t.train_loader.num_steps}"
+            self._say(f"epoch {t.progress.epoch + 1}/{t.num_epochs}, {step}", t)
 
     def on_epoch_end(self, t: Training) -> None:
         scores = [f"{key} {t.metrics[key]:.4f}" for key in ("train_loss", "val_loss", "val_iou") if key in t.metrics]
+        of_backend = [key for key in t.metrics if not key.startswith(("train_", "val_"))]
+        scores += [f"{key.replace('_', ' ')} {t.metrics[key]:.6g}" for key in of_backend]
         self._say(f"epoch {t.progress.epoch}/{t.num_epochs}: " + ", ".join(scores), t)
 
     def _say(self, what: str, t: Training) -> None:
@@ -227,7 +248,7 @@ class ProgressLines(Callback):
         return self.num_samples / max(time.monotonic() - self.start, 1e-9)
 
     def _seconds_left(self, t: Training) -> float:
-        steps = -(-len(t.train_loader) // t.accumulation)
+        steps = t.train_loader.num_steps
         taken = t.progress.step - self.first_step
         return (time.monotonic() - self.start) / max(taken, 1) * max(steps * t.num_epochs - t.progress.step, 0)
 
@@ -250,7 +271,7 @@ class ProgressBar(ProgressLines):
             redirect_stdout=False,
         )
         self.bar.start()
-        self.line = self.bar.add_task("", total=len(t.train_loader), numbers="")
+        self.line = self.bar.add_task("", total=t.train_loader.num_steps, numbers="")
 
     def on_step(self, t: Training, num_samples: int) -> None:
         self.num_samples += num_samples
@@ -258,7 +279,7 @@ class ProgressBar(ProgressLines):
         self.bar.update(
             self.line,
             description=f"epoch {t.progress.epoch + 1}/{t.num_epochs}",
-            completed=t.progress.batch,
+            completed=t.progress.epoch_step,
             numbers=f"loss {t.progress.mean_loss():.4f}{val}, {self._speed():.1f} images/s, "
             f"{_duration(self._seconds_left(t))} left",
         )

@@ -16,32 +16,41 @@ import torch
 from ml_src.core.atomic import replacing
 from ml_src.core.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONTENTS: dict[str, type] = {
     "format_version": int,
-    "model_state_dict": dict,
+    "model_state_dict": dict,  # the weights that were measured
+    "raw_state_dict": dict,  # those in training, where the measured ones are their average; else empty
     "optimizer_state_dict": dict,
     "scheduler_state_dict": dict,
     "config": dict,
     "class_names": list,
     "epoch": int,  # finished epochs
     "step": int,  # optimizer steps taken
+    "epoch_step": int,  # of them, those of the epoch that is not finished
     "metrics": dict,  # of the last finished epoch
-    "random_state": dict,
     # what a resume needs besides
     "backend_state_dict": dict,
     "callback_state_dicts": dict,
-    "unfinished_epoch": dict,
+    "processes": list,  # of each process: random state, and what it has summed up in the unfinished epoch
     "num_threads": int,
     "seconds": float,
 }
 
 
-def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
-    """Write a checkpoint, whole or not at all. `contents` has at least the keys of CONTENTS but format_version."""
+def save_checkpoint(path: Path, contents: dict[str, Any], keep_previous: bool = False) -> None:
+    """Write a checkpoint, whole or not at all. `contents` has at least the keys of CONTENTS but format_version.
+
+    With `keep_previous`, the file that it replaces stays as `previous_of(path)`.
+    """
     contents = {"format_version": FORMAT_VERSION, **contents}
-    with replacing(path) as file:
+    with replacing(path, previous_of(path) if keep_previous else None) as file:
         torch.save(contents, file)
+
+
+def previous_of(path: Path) -> Path:
+    """Return where the checkpoint before `path` is kept: last.pt -> last.previous.pt."""
+    return path.with_suffix(f".previous{path.suffix}")
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -5,13 +5,31 @@ generated from these lines. Nothing here imports torch, so that a mistake is ans
 """
 
 import math
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ml_src.core.transform_specs import ColorJitter, Normalize, Resize, Section, TrainTransform, ValTransform
+from ml_src.core.transform_specs import (
+    ColorJitter,
+    Normalize,
+    RandomResizeCrop,
+    Resize,
+    Section,
+    TrainTransform,
+    ValTransform,
+)
 
+# Mean and standard deviation that are known without a look at the data: of ImageNet (near those of most photographs),
+# and of gray images that use most of their range, as one value or three.
+PUBLIC_STATISTICS = [
+    ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ([0.5], [0.25]),
+    ([0.5] * 3, [0.25] * 3),
+    ([0.5], [0.5]),
+    ([0.5] * 3, [0.5] * 3),
+]
 Positive = Annotated[int, Field(ge=1)]
 Mode = Literal["min", "max"]
 
@@ -48,6 +66,9 @@ class ModelConfig(Section):
     """Channels of the input image: 3 reads images as RGB, 1 as grayscale."""
     num_classes: Annotated[int, Field(ge=2)] | None = None
     """Channels of the output; must agree with data.num_classes, which is used when this is left out."""
+    norm: Literal["batch", "group"] = "batch"
+    """`batch`: as the network is written; `group`: every batch normalisation becomes a group normalisation, which
+    looks at one image at a time (Wu and He 2018). trainer_type `dp` sets it."""
     base_channels: Positive = 64
     """Width of the first level of simple_unet; each level down doubles it."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -138,42 +159,75 @@ class GradientClipping(Section):
 CallbackConfig = Annotated[EarlyStopping | ModelCheckpoint | LrMonitor | GradientClipping, Field(discriminator="type")]
 
 
+class Every(NamedTuple):
+    """How often: every so many seconds, or every so many steps."""
+
+    seconds: float | None = None
+    steps: int | None = None
+
+
 class DPConfig(Section):
-    """Differential privacy."""
+    """Differential privacy: noise_multiplier, target_epsilon or both must be given."""
 
     noise_multiplier: Annotated[float, Field(ge=0)] | None = None
-    """Standard deviation of the noise over the clip norm."""
+    """Standard deviation of the noise over the clip norm; found for target_epsilon when left out."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Norm to which each sample's gradient is clipped."""
+    """L2 norm to which each image's gradient is clipped."""
     target_epsilon: Annotated[float, Field(gt=0)] | None = None
-    """Privacy budget."""
+    """Privacy budget; beside a noise_multiplier, training ends before the step that would exceed it."""
     target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """Probability with which the budget may be exceeded; well below 1 / number of images."""
+    """Probability with which the guarantee may fail; well below 1 / number of images."""
+    accountant: Literal["prv", "rdp"] = "prv"
+    """How epsilon is computed: `prv` (Gopi et al. 2021) is tighter, `rdp` (Mironov 2017) simpler."""
+    clipping: Literal["flat", "per_layer", "adaptive"] = "flat"
+    """One norm over all layers, one a layer, or one that follows the gradients (Andrew et al. 2021)."""
+    group: Literal["none", "patient"] = "none"
+    """Whom epsilon protects: an image, or a `patient`: all images of one group of ml-split."""
+    max_physical_batch_size: Positive | None = None
+    """Images whose gradients are held at once; training.batch_size when left out. Changes no result, only memory."""
+    secure: bool = False
+    """Noise from the system's cryptographic generator (slower); a resumed run does not repeat it."""
+    public_statistics: bool = False
+    """States that mean, std and class weights were not computed from the private images."""
 
 
 class TrainingConfig(Section):
     """How it is trained."""
 
     trainer_type: Literal["standard", "mixed_precision", "accelerate", "dp", "federated"] = "standard"
-    """How one optimisation step runs; `standard` is the one that is built so far."""
+    """How one optimisation step runs."""
     batch_size: Positive = 8
     """Images a batch; a step takes gradient_accumulation_steps of them."""
     num_epochs: Positive = 100
     """Passes over the training images."""
     gradient_accumulation_steps: Positive = 1
     """Batches whose gradients are averaged into one step."""
+    auto_batch: bool = False
+    """Where a batch does not fit into memory, halve it and take more of them a step."""
     amp_dtype: Literal["float16", "bfloat16"] = "float16"
-    """The short number format of `mixed_precision`; no effect yet."""
+    """The short number format of `mixed_precision` on a GPU; a CPU always uses bfloat16."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of the moving average of the weights, such as 0.999; the average is what is validated and kept."""
+    compile: bool = False
+    """Compile the network with torch.compile (takes up to a minute at the start)."""
+    tf32: bool = True
+    """Let a GPU multiply float32 with ten bits of mantissa."""
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
+    num_processes: Positive | None = None
+    """Only for trainer_type `accelerate`: how many processes train together, one a GPU."""
     num_workers: Annotated[int, Field(ge=0)] = 2
     """Processes that read and augment images; 0 does it in the training process."""
     pin_memory: bool = True
     """Stage batches in page-locked memory for a GPU; no effect on a CPU."""
+    checkpoint_every: Annotated[str, Field(pattern=r"^[1-9][0-9]*(s|m|h|steps)$")] | None = None
+    """Also write last.pt within an epoch: `90s`, `10m`, `2h` or `500steps`."""
+    profile: bool = False
+    """Measure 20 steps with torch.profiler and write a table and a trace into the run folder."""
     callbacks: list[CallbackConfig] = []
     """early_stopping, model_checkpoint, lr_monitor, gradient_clipping; each at most once."""
     dp: DPConfig | None = None
-    """Only for trainer_type `dp`; no effect yet."""
+    """Only for trainer_type `dp`."""
 
 
 class Adam(Section):
@@ -337,6 +391,9 @@ class Config(Section):
             target = raw.setdefault(section, {})
             if isinstance(target, dict) and target.get(key) is None and data.get(key) is not None:
                 target[key] = data[key]
+        training, model = raw.get("training"), raw.get("model")
+        if isinstance(training, dict) and isinstance(model, dict) and training.get("trainer_type") == "dp":
+            model.setdefault("norm", "group")
         return raw
 
     @model_validator(mode="after")
@@ -363,12 +420,44 @@ class Config(Section):
             problems.append("loss.dice_bce: both weights are 0")
         if isinstance(self.scheduler, CosineSchedule) and self.scheduler.eta_min > self.optimizer.lr:
             problems.append(f"scheduler.eta_min {self.scheduler.eta_min:g} is above optimizer.lr {self.optimizer.lr:g}")
+        problems += self._trainer_problems()
         words = [callback.type for callback in self.training.callbacks]
         problems += [f"training.callbacks has {w} twice" for w in sorted(set(words)) if words.count(w) > 1]
         problems += self._transform_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _trainer_problems(self) -> list[str]:
+        """What the chosen trainer cannot do."""
+        training, problems = self.training, []
+        trainer, dp = training.trainer_type, training.dp
+        if trainer == "dp":
+            if dp is None or dp.noise_multiplier is dp.target_epsilon is None:
+                problems.append("training.dp needs a noise_multiplier, a target_epsilon, or both")
+            if self.model.norm != "group":
+                problems.append("model.norm must be group with trainer_type dp: batch normalisation mixes the images")
+            if training.compile:
+                problems.append("training.compile does not go with trainer_type dp, whose hooks it would lose")
+            problems += self._undeclared_statistics()
+        if training.num_processes is not None and trainer != "accelerate":
+            problems.append(f"training.num_processes is for trainer_type accelerate, not {trainer}")
+        if training.auto_batch and trainer in ("accelerate", "dp"):
+            problems.append(f"training.auto_batch does not go with trainer_type {trainer}: set training.batch_size")
+        return problems
+
+    def _undeclared_statistics(self) -> list[str]:
+        """What was perhaps computed from private images, outside of the guarantee."""
+        if self.training.dp is None or self.training.dp.public_statistics:
+            return []
+        given = [(spec.mean, spec.std) for spec in self.train_transforms if isinstance(spec, Normalize)]
+        of_data = ["transforms.*.normalize" for one in given if one not in PUBLIC_STATISTICS]
+        of_data += ["loss.class_weights"] * (self.loss.class_weights is not None)
+        return [
+            f"{key} may have been computed from the private images: use values known beforehand, or say "
+            "training.dp.public_statistics: true if they were not"
+            for key in of_data
+        ]
 
     def _transform_problems(self) -> list[str]:
         """What the lists of transforms contradict: the channels of the image, or each other."""
@@ -432,13 +521,33 @@ class Config(Section):
         return next((c.max_norm for c in self.training.callbacks if isinstance(c, GradientClipping)), None)
 
     @property
+    def checkpoint_every(self) -> Every | None:
+        """`training.checkpoint_every`, read."""
+        match = re.fullmatch(r"(\d+)([a-z]+)", self.training.checkpoint_every or "")
+        if match is None:
+            return None
+        number, unit = int(match[1]), match[2]
+        seconds = {"s": 1.0, "m": 60.0, "h": 3600.0}
+        return Every(steps=number) if unit == "steps" else Every(seconds=number * seconds[unit])
+
+    @property
+    def train_image_size(self) -> tuple[int, int] | None:
+        """The largest height and width of a training image; None where it has that of its file."""
+        sizes: list[tuple[int, int]] = []
+        for spec in self.train_transforms:
+            if isinstance(spec, Resize):
+                sizes = [spec.size]
+            elif isinstance(spec, RandomResizeCrop):
+                sizes = spec.sizes
+        return max(sizes, key=lambda size: size[0] * size[1], default=None)
+
+    @property
     def train_transforms(self) -> list[TrainTransform]:
         """`transforms.train`, or the normalisation alone."""
         if self.transforms.train is not None:
             return self.transforms.train
-        if self.model.in_channels == 3:  # the statistics of ImageNet, near those of most photographs
-            return [Normalize(type="normalize", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])]
-        return [Normalize(type="normalize", mean=[0.5], std=[0.25])]
+        mean, std = PUBLIC_STATISTICS[0 if self.model.in_channels == 3 else 1]
+        return [Normalize(type="normalize", mean=mean, std=std)]
 
     @property
     def val_transforms(self) -> list[ValTransform]:

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from ml_src.core.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from ml_src.core.checkpoint import load_checkpoint, previous_of, random_state, save_checkpoint, set_random_state
 from ml_src.core.errors import CheckpointError
 
 
 def contents() -> dict[str, Any]:
     return {
         "model_state_dict": {"w": torch.arange(3.0)},
+        "raw_state_dict": {},
         "optimizer_state_dict": {},
         "scheduler_state_dict": {},
         "config": {"seed": 1},
@@ -23,10 +24,10 @@ def contents() -> dict[str, Any]:
         "epoch": 3,
         "step": 12,
         "metrics": {"val_iou": 0.5},
-        "random_state": random_state(),
+        "epoch_step": 2,
         "backend_state_dict": {},
         "callback_state_dicts": {},
-        "unfinished_epoch": {},
+        "processes": [{"random_state": random_state()}],
         "num_threads": 1,
         "seconds": 0.5,
     }
@@ -36,8 +37,16 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "a.pt", contents())
     loaded = load_checkpoint(tmp_path / "a.pt")
     assert torch.equal(loaded["model_state_dict"]["w"], torch.arange(3.0))
-    assert loaded["format_version"] == 1 and loaded["class_names"] == ["a", "b"]
+    assert loaded["format_version"] == 2 and loaded["class_names"] == ["a", "b"]
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_the_file_before_is_kept_where_asked(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path / "last.pt", {**contents(), "step": step}, keep_previous=True)
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 3
+    assert load_checkpoint(previous_of(tmp_path / "last.pt"))["step"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.previous.pt", "last.pt"]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
@@ -58,7 +67,7 @@ def hostile(path: Path, kind: str) -> None:
         case "pickle":
             path.write_bytes(pickle.dumps(Bomb()))
         case "torch":
-            torch.save({**contents(), "format_version": 1, "config": Bomb()}, path)
+            torch.save({**contents(), "format_version": 2, "config": Bomb()}, path)
         case "old torch":
             torch.save(Bomb(), path, _use_new_zipfile_serialization=False)
         case "module":
@@ -66,9 +75,9 @@ def hostile(path: Path, kind: str) -> None:
         case "weights alone":
             torch.save({"w": torch.zeros(1)}, path)
         case "wrong types":
-            torch.save({**contents(), "format_version": 1, "epoch": "3"}, path)
+            torch.save({**contents(), "format_version": 2, "epoch": "3"}, path)
         case "numpy":
-            torch.save({**contents(), "format_version": 1, "metrics": {"a": np.float64(1)}}, path)
+            torch.save({**contents(), "format_version": 2, "metrics": {"a": np.float64(1)}}, path)
         case "zip":
             with zipfile.ZipFile(path, "w") as archive:
                 archive.writestr("a/data.pkl", pickle.dumps(Bomb()))
@@ -114,7 +123,7 @@ def test_the_random_state_survives_the_safe_loader(tmp_path: Path) -> None:
     np.random.normal(), random.gauss(0, 1)  # leaves a cached second value in both
     save_checkpoint(tmp_path / "a.pt", contents())
     expected = (torch.rand(3).tolist(), np.random.normal(size=3).tolist(), [random.gauss(0, 1) for _ in range(3)])
-    set_random_state(load_checkpoint(tmp_path / "a.pt")["random_state"])
+    set_random_state(load_checkpoint(tmp_path / "a.pt")["processes"][0]["random_state"])
     assert (
         torch.rand(3).tolist(),
         np.random.normal(size=3).tolist(),

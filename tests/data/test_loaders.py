@@ -8,20 +8,23 @@ import pytest
 import torch
 
 from ml_src.core.config_file import parse_config
-from ml_src.core.data.loaders import Collate, EpochSampler, Loader
+from ml_src.core.data.loaders import Collate, Loader
+from ml_src.core.data.order import EpochOrder, ShareOfBatches
 from ml_src.core.data.segmentation import Sample, SampleKey
 from ml_src.core.tasks import task_for
 
 
 def loader_of(raw: dict[str, Any], **overrides: Any) -> Loader:
-    return task_for(parse_config(raw, overrides)).loader("train", training=True)
+    task = task_for(parse_config(raw, overrides))
+    order = EpochOrder(task.num_images("train"), 4, 4, overrides.get("seed", 42), shuffle=True)
+    return task.loader("train", order, training=True)
 
 
 Epoch = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def epoch_of(loader: Loader, epoch: int, first_batch: int = 0) -> Epoch:
-    return [(batch.images, batch.masks) for batch in loader.epoch(epoch, first_batch) if batch.masks is not None]
+def epoch_of(loader: Loader, epoch: int, first_step: int = 0) -> Epoch:
+    return [(batch.images, batch.masks) for batch in loader.epoch(epoch, first_step) if batch.masks is not None]
 
 
 def same(a: Epoch, b: Epoch) -> bool:
@@ -30,21 +33,52 @@ def same(a: Epoch, b: Epoch) -> bool:
 
 
 def test_every_sample_comes_once_an_epoch_in_an_order_of_its_own() -> None:
-    sampler = EpochSampler(10, 4, seed=3, shuffle=True)
+    order = EpochOrder(10, batch_size=2, step_size=4, seed=3, shuffle=True)
     orders = []
     for epoch in range(3):
-        sampler.start_at(epoch)
-        batches = list(sampler)
-        assert [len(batch) for batch in batches] == [4, 4, 2]
-        orders.append([key.sample for batch in batches for key in batch])
+        steps = order.epoch(epoch)
+        assert len(steps) == order.num_steps == 3
+        assert [[len(batch) for batch in step.batches] for step in steps] == [[2, 2], [2, 2], [2]]
+        assert [step.num_samples for step in steps] == [4, 4, 2]
+        orders.append([index for step in steps for batch in step.batches for index in batch])
         assert sorted(orders[-1]) == list(range(10))
-        assert {key.epoch for batch in batches for key in batch} == {epoch}
     assert orders[0] != orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 5])
+def test_a_step_has_the_same_images_however_many_processes_share_it(num_processes: int) -> None:
+    alone = EpochOrder(31, batch_size=30, step_size=30, seed=1, shuffle=True)
+    shares = [
+        EpochOrder(31, 30 // num_processes // 2, 30, 1, True, rank, num_processes).epoch(4)
+        for rank in range(num_processes)
+    ]
+    for number, step in enumerate(alone.epoch(4)):
+        together = [share[number] for share in shares]
+        assert {part.num_samples for part in together} == {step.num_samples}
+        assert len({len(part.batches) for part in together}) == 1  # none waits for a batch that another has not
+        assert sorted(i for part in together for b in part.batches for i in b) == sorted(step.batches[0])
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 7])
+def test_measuring_counts_every_image_once_also_with_more_processes_than_images(num_samples: int) -> None:
+    shares = [ShareOfBatches(num_samples, 2, rank, 5) for rank in range(5)]
+    images = [index for share in shares for step in share.epoch(0) for batch in step.batches for index in batch]
+    assert sorted(images) == list(range(num_samples))
+
+
+def test_an_empty_batch_has_the_size_of_an_image_and_no_image(small_config: dict[str, Any]) -> None:
+    """One image, three processes: two of them get nothing, but must take part in the step."""
+    task = task_for(parse_config(small_config))
+    order = EpochOrder(1, 2, 6, rank=2, num_processes=3)
+    (step,) = task.loader("train", order, training=True).steps()
+    (batch,) = step.batches
+    assert step.num_samples == 1 and len(batch) == 0 and batch.images.shape == (0, 3, 64, 64)
+    assert batch.masks is not None and batch.masks.shape == (0, 64, 64) and batch.sizes == []
 
 
 def test_an_epoch_entered_later_has_the_rest_of_the_same_batches(small_config: dict[str, Any]) -> None:
     whole, late = loader_of(small_config), loader_of(small_config)
-    assert same(epoch_of(whole, 4)[1:], epoch_of(late, 4, first_batch=1))
+    assert same(epoch_of(whole, 4)[1:], epoch_of(late, 4, first_step=1))
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])

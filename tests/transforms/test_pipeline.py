@@ -148,9 +148,9 @@ def test_samples_of_one_batch_have_one_size_and_batches_differ():
 
 def test_only_the_crop_draws_from_the_generator_of_the_batch():
     transforms = pipeline(*(entry for word, entry in ALL.items() if word != "random_resize_crop"))
-    batch_rng = generator(0)
-    transforms(*target(), generator(1), batch_rng)
-    assert batch_rng.random() == generator(0).random()
+    step_rng = generator(0)
+    transforms(*target(), generator(1), step_rng)
+    assert step_rng.random() == generator(0).random()
 
 
 def test_geometry_comes_before_colour_whatever_the_order():

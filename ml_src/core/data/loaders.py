@@ -1,12 +1,13 @@
 """From a dataset to batches on their way to the device: order, seeds, collation, workers.
 
-The order of an epoch is a function of (seed, epoch), so that a resumed run skips the finished batches and goes on.
+Which images come when is said in `order.py`; a resumed run skips the finished steps of its epoch and goes on.
 """
 
 import os
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from ml_src.core.data.order import Order, PlannedStep
 from ml_src.core.data.segmentation import Sample, SampleKey, SegmentationDataset
 from ml_src.core.errors import MLError
 
@@ -30,50 +32,61 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
+    def emptied(self) -> "Batch":
+        """Return a batch of no image, of the same size."""
+        return Batch(self.images[:0], None if self.masks is None else self.masks[:0], [])
+
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader where a GPU is used."""
         masks = None if self.masks is None else self.masks.pin_memory()
         return Batch(self.images.pin_memory(), masks, self.sizes)
 
 
-class EpochSampler(Sampler[list[SampleKey]]):
-    """Yields the batches of one epoch as lists of SampleKey; `start_at` sets which epoch and from which batch."""
+class Step(NamedTuple):
+    """The batches of one optimizer step, read as they are asked for."""
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int, shuffle: bool) -> None:
-        self.num_samples, self.batch_size, self.seed, self.shuffle = num_samples, batch_size, seed, shuffle
-        self.epoch, self.first_batch = 0, 0
+    num_samples: int  # images, over all processes
+    num_batches: int  # of this process
+    batches: Iterator[Batch]
 
-    def start_at(self, epoch: int, batch: int = 0) -> None:
-        """The next iteration gives this epoch's batches from number `batch` on."""
-        self.epoch, self.first_batch = epoch, batch
+
+class StepSampler(Sampler[list[SampleKey]]):
+    """Yields the batches of one epoch as lists of SampleKey, from a step on."""
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self.start_at(0)
+
+    def start_at(self, epoch: int, first_step: int = 0) -> list[PlannedStep]:
+        """Let the next iteration give the batches of this epoch from step number `first_step` on; return the steps."""
+        self.epoch, self.first_step = epoch, first_step
+        self.steps = self.order.epoch(epoch)[first_step:]
+        return self.steps
 
     def __len__(self) -> int:
-        return -(-self.num_samples // self.batch_size)
+        return sum(len(step.batches) for step in self.steps)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        order = np.arange(self.num_samples)
-        if self.shuffle:
-            np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 2, self.epoch)))).shuffle(order)
-        for batch in range(self.first_batch, len(self)):
-            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [SampleKey(int(index), self.epoch, batch) for index in chosen]
+        for number, step in enumerate(self.steps, self.first_step):
+            for batch in step.batches:
+                # sample 0 gives an empty batch the size of an image; `Loader` takes it out again
+                yield [SampleKey(index, self.epoch, number) for index in batch or [0]]
 
 
 class Loader:
-    """Batches of a dataset: `for batch in loader.epoch(3)`; workers live from one epoch to the next."""
+    """Batches of a dataset, step by step: `for step in loader.steps(3)`; workers live from one epoch to the next."""
 
     def __init__(
         self,
         dataset: SegmentationDataset,
-        batch_size: int,
+        order: Order,
         seed: int,
-        shuffle: bool,
         num_workers: int,
         pin_memory: bool,
         ignore_index: int,
     ) -> None:
-        self.sampler = EpochSampler(len(dataset), batch_size, seed, shuffle)
-        self.dataset = dataset
+        self.dataset, self.order = dataset, order
+        self.sampler = StepSampler(order)
         num_workers = min(num_workers, len(self.sampler))
         self.batches = DataLoader(
             dataset,
@@ -87,17 +100,31 @@ class Loader:
             generator=torch.Generator().manual_seed(seed),
         )
 
-    def __len__(self) -> int:
-        return len(self.sampler)
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps an epoch."""
+        return self.order.num_steps
 
-    def epoch(self, epoch: int = 0, first_batch: int = 0) -> Iterator[Batch]:
-        """Iterate over the batches of one epoch, from number `first_batch` on."""
-        self.sampler.start_at(epoch, first_batch)
+    def steps(self, epoch: int = 0, first_step: int = 0) -> Iterator[Step]:
+        """Iterate over the steps of one epoch, from number `first_step` on."""
+        planned = self.sampler.start_at(epoch, first_step)
+        batches = iter(self.batches)
+        for step in planned:
+            yield Step(step.num_samples, len(step.batches), self._read(batches, step))
+
+    def _read(self, batches: Iterator[Batch], step: PlannedStep) -> Iterator[Batch]:
         try:
-            yield from self.batches
+            for chosen in step.batches:
+                batch = next(batches)
+                yield batch if chosen else batch.emptied()
         except MLError as error:  # torch wraps what a worker raised into the text of its traceback
             sentence = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
             raise type(error)(sentence) from None
+
+    def epoch(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
+        """Iterate over the batches of one epoch, whatever step they belong to."""
+        for step in self.steps(epoch, first_step):
+            yield from step.batches
 
 
 class Collate:

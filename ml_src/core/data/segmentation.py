@@ -18,7 +18,7 @@ class SampleKey(NamedTuple):
 
     sample: int
     epoch: int = 0
-    batch: int = 0
+    step: int = 0
 
 
 class Sample(NamedTuple):
@@ -55,8 +55,8 @@ class SegmentationDataset(Dataset[Sample]):
             if self.transforms.ignore_index > 255:
                 mask = mask.astype(np.uint16)  # 8 bits could not hold what is ignored
         sample_rng = _generator(self.seed, 0, key.epoch, key.sample)
-        batch_rng = _generator(self.seed, 1, key.epoch, key.batch)
-        image, mask = self.transforms(image, mask, sample_rng, batch_rng)
+        step_rng = _generator(self.seed, 1, key.epoch, key.step)
+        image, mask = self.transforms(image, mask, sample_rng, step_rng)
         return Sample(image, mask, size)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ml_src.core.config import Config
 from ml_src.core.data.loaders import Batch, Loader
+from ml_src.core.data.order import Order
 from ml_src.core.pictures import Image
 from ml_src.core.registry import lookup
 from ml_src.core.tasks.segmentation import Segmentation
@@ -39,8 +40,10 @@ class Task(Protocol):
     def check_data(self) -> None:
         """Raise DataError where the data of the fold cannot be trained on."""
 
-    def loader(self, split: str, training: bool = False, pin_memory: bool = False) -> Loader:
-        """Batches of `train`, `val` or `test`; with `training` shuffled and augmented."""
+    def loader(
+        self, split: str, order: Order | None = None, training: bool = False, pin_memory: bool = False
+    ) -> Loader:
+        """Batches of `train`, `val` or `test`, in some order; with `training` augmented."""
 
     def criterion(self) -> nn.Module:
         """The loss."""

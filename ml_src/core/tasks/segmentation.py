@@ -16,6 +16,7 @@ from ml_src.core.config import Config
 from ml_src.core.data import checks, splits
 from ml_src.core.data.files import Pair, read_mask
 from ml_src.core.data.loaders import Batch, Loader
+from ml_src.core.data.order import Order, ShareOfBatches
 from ml_src.core.data.segmentation import SampleKey, SegmentationDataset, require_size
 from ml_src.core.errors import ConfigError
 from ml_src.core.losses import build_loss
@@ -120,28 +121,24 @@ class Segmentation:
         facts = [fact for split in self._facts.values() for fact in split]
         checks.check_masks(pairs, facts, data.num_classes, data.ignore_index)
 
-    def loader(self, split: str, training: bool = False, pin_memory: bool = False) -> Loader:
-        """Return the batches of a split."""
+    def loader(
+        self, split: str, order: Order | None = None, training: bool = False, pin_memory: bool = False
+    ) -> Loader:
+        """Return the batches of a split, in the order of the split where none is given."""
         transforms = self.train_transforms if training else self.val_transforms
-        return self._batches(self._dataset(split, transforms), shuffle=training, pin_memory=pin_memory)
+        return self._batches(self._dataset(split, transforms), order, pin_memory)
 
     def _dataset(self, split: str, transforms: Pipeline, with_masks: bool = True) -> SegmentationDataset:
         channels = self.config.model.in_channels
         return SegmentationDataset(self.pairs(split), transforms, channels, self.config.seed, with_masks)
 
-    def _batches(
-        self,
-        dataset: SegmentationDataset,
-        shuffle: bool = False,
-        pin_memory: bool = False,
-        batch_size: int | None = None,
-    ) -> Loader:
+    def _batches(self, dataset: SegmentationDataset, order: Order | None = None, pin_memory: bool = False) -> Loader:
+        training = self.config.training
         return Loader(
             dataset,
-            batch_size=batch_size or self.config.training.batch_size,
+            order or ShareOfBatches(len(dataset), training.batch_size),
             seed=self.config.seed,
-            shuffle=shuffle,
-            num_workers=self.config.training.num_workers,
+            num_workers=training.num_workers,
             pin_memory=pin_memory,
             ignore_index=self.ignore_index,
         )
@@ -181,7 +178,8 @@ class Segmentation:
         dataset = self._dataset(split, self.val_transforms, with_masks=False)
         # without a resize the filling of a batch would reach into the smaller images' predictions: one at a time
         resized = any(isinstance(spec, Resize) for spec in self.config.val_transforms)
-        for batch in self._batches(dataset, batch_size=None if resized else 1).epoch():
+        order = None if resized else ShareOfBatches(len(dataset), batch_size=1)
+        for batch in self._batches(dataset, order).epoch():
             for logits, size in zip(model(self._normalize(batch.images, device)), batch.sizes, strict=True):
                 pair = next(pairs)
                 labels = self._labels(logits, size)

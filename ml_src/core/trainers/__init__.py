@@ -2,8 +2,8 @@
 
 import logging
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,12 +15,13 @@ from ml_src.core.callbacks import build_callbacks
 from ml_src.core.checkpoint import load_checkpoint
 from ml_src.core.config import Config
 from ml_src.core.config_file import parse_config, to_yaml
-from ml_src.core.device import choose_device, seed_everything
+from ml_src.core.device import keep_freed_memory, seed_everything
 from ml_src.core.errors import ConfigError
 from ml_src.core.network import build_model
 from ml_src.core.optim import Schedule, build_optimizer
 from ml_src.core.plugins import import_plugins
 from ml_src.core.tasks import Task, task_for
+from ml_src.core.trainers.average import WeightAverage
 from ml_src.core.trainers.backend import Backend
 from ml_src.core.trainers.loop import fit
 from ml_src.core.trainers.resume import require_same_run
@@ -50,71 +51,87 @@ def train(config: Config, resume: Path | None = None, overwrite: bool = False) -
 
     Raises: MLError for all that the user can mend.
     """
-    choose_backend(config)  # a backend that is not built is said before anything is read
+    keep_freed_memory()
     import_plugins(config.plugins)
-    device = choose_device(config.training.device)
+    backend = choose_backend(config)
+    if not backend.is_main:
+        log.setLevel(logging.WARNING)
     run_dir = config.run_dir if resume is None else resume.parent.parent
     task = task_for(config)
-    task.check_data()
-    training = build_training(config, task, device, run_dir)
-    if resume is None:  # not before everything that a mistake in the config can stop
+    with backend.main_first():
+        task.check_data()
+    training = build_training(config, task, backend, run_dir)
+    if resume is None and backend.is_main:  # not before everything that a mistake in the config can stop
         open_run(run_dir, overwrite, command("ml-train --resume", run_dir, config))
-    with log_to(run_dir / "logs" / "train.log"):
+    with log_to(run_dir / "logs" / "train.log") if backend.is_main else nullcontext():
         if resume is not None:
             restore(training, resume)
+        if backend.is_main:
             (run_dir / "metrics.json").unlink(missing_ok=True)  # no longer finished
-        write_text(run_dir / "config.yaml", to_yaml(config))
-        log.info("%s, %d parameters, on %s", run_dir, sum(p.numel() for p in training.model.parameters()), device)
+            write_text(run_dir / "config.yaml", to_yaml(config))
+        num_parameters = sum(p.numel() for p in training.network.parameters())
+        log.info("%s, %d parameters, on %s", run_dir, num_parameters, backend.device)
         with stop_on_ctrl_c(training):
             fit(training)
         if training.interrupted:
             return Outcome(run_dir, True, f"Stopped. To go on: {command('ml-train --resume', run_dir, config)}")
         if training.stop:
             log.info("Stopped early: %s", training.stop)
-        return Outcome(run_dir, False, measure(training))
+        return Outcome(run_dir, False, measure(training) if backend.is_main else "")
 
 
-def choose_backend(config: Config) -> Callable[[torch.device], Backend]:
-    """Return the class behind `training.trainer_type`.
+def choose_backend(config: Config) -> Backend:
+    """Return the backend that `training.trainer_type` names.
 
     Raises: ConfigError for one that is not built yet.
     """
     match config.training.trainer_type:
         case "standard":
-            return Backend
+            return Backend(config)
+        case "mixed_precision":
+            from ml_src.core.trainers.mixed_precision import MixedPrecision
+
+            return MixedPrecision(config)
         case other:
             raise ConfigError(f"training.trainer_type {other!r} is not built yet: use 'standard'")
 
 
-def build_training(config: Config, task: Task, device: torch.device, run_dir: Path) -> Training:
+def build_training(config: Config, task: Task, backend: Backend, run_dir: Path) -> Training:
     """Build every part of a run, in an order that fixes which random number goes where."""
     seed_everything(config.seed, config.deterministic)
-    backend = choose_backend(config)(device)
-    model = backend.prepare(build_model(config.model))
-    optimizer = build_optimizer(config.optimizer, model.parameters())
-    pin = config.training.pin_memory and device.type == "cuda"
-    train_loader = task.loader("train", training=True, pin_memory=pin)
-    steps_per_epoch = -(-len(train_loader) // config.training.gradient_accumulation_steps)
+    network = backend.place(build_model(config.model))
+    optimizer = build_optimizer(config.optimizer, network.parameters())
+    average = None if config.training.ema is None else WeightAverage(network, config.training.ema)
+    model, optimizer = backend.prepare(network, optimizer)
+    pin = config.training.pin_memory and backend.device.type == "cuda"
+    train_loader = task.loader("train", backend.train_order(task), training=True, pin_memory=pin)
     return Training(
         config=config,
         task=task,
-        device=device,
+        network=network,
         model=model,
-        criterion=task.criterion().to(device),
+        criterion=task.criterion().to(backend.device),
         optimizer=optimizer,
-        schedule=Schedule(config.scheduler, optimizer, steps_per_epoch, config.training.num_epochs),
+        schedule=Schedule(config.scheduler, optimizer, train_loader.num_steps, config.training.num_epochs),
         backend=backend,
         train_loader=train_loader,
-        val_loader=task.loader("val", pin_memory=pin),
-        callbacks=build_callbacks(config, task.monitors),
+        val_loader=task.loader("val", backend.val_order(task), pin_memory=pin),
+        callbacks=build_callbacks(config, task.monitors, backend.callbacks(), backend.is_main),
         run_dir=run_dir,
+        average=average,
     )
 
 
 def restore(training: Training, path: Path) -> None:
     """Go on from a checkpoint file."""
     contents = load_checkpoint(path, training.device)
-    require_same_run(parse_config(contents["config"], source=str(path)), training.config, contents, path)
+    require_same_run(
+        parse_config(contents["config"], source=str(path)),
+        training.config,
+        contents,
+        path,
+        training.backend.num_processes,
+    )
     training.restore(contents, path)
     threads = contents["num_threads"]
     if threads != torch.get_num_threads():
@@ -131,11 +148,11 @@ def stop_on_ctrl_c(training: Training) -> Iterator[None]:
     """Ctrl-C (or SIGTERM) ends the loop after the current step, with last.pt written; a second Ctrl-C ends at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if training.interrupted:
+        if training.signalled:
             training.interrupted = False  # in the middle of a step there is nothing whole to save
             raise KeyboardInterrupt
         log.info("Stopping after this step ...")
-        training.stop, training.interrupted = "interrupted", True
+        training.signalled = True
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, stop) for number in numbers]

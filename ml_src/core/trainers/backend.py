@@ -1,29 +1,72 @@
 """How one optimisation step runs. This base class is the standard trainer; another one overrides what differs."""
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ml_src.core.callbacks import Callback
+from ml_src.core.config import Config
+from ml_src.core.data.order import EpochOrder, Order, ShareOfBatches
+from ml_src.core.device import allow_tf32, choose_device
+from ml_src.core.tasks import Task
+
 
 class Backend:
     """Float32 on one device: a CPU or a GPU."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    rank, num_processes = 0, 1
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device = choose_device(config.training.device)
+        allow_tf32(config.training.tf32)
+
+    # What a step takes.
+
+    def train_order(self, task: Task) -> Order:
+        """Which training images each step takes."""
+        training = self.config.training
+        return EpochOrder(
+            task.num_images("train"),
+            training.batch_size,
+            training.batch_size * training.gradient_accumulation_steps * self.num_processes,
+            self.config.seed,
+            shuffle=True,
+            rank=self.rank,
+            num_processes=self.num_processes,
+        )
+
+    def val_order(self, task: Task) -> Order:
+        """Which validation images this process measures: each image is one process's."""
+        return ShareOfBatches(task.num_images("val"), self.config.training.batch_size, self.rank, self.num_processes)
+
+    # What is trained.
+
+    def place(self, network: nn.Module) -> nn.Module:
         """Put the network where it is trained. Channels-last is how the loader lays out images."""
-        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Return what the loop calls and steps; the parameters stay those of `network`."""
+        model = torch.compile(network) if self.config.training.compile else network
+        return model, optimizer  # type: ignore[return-value]
+
+    # A step.
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The number format of the forward pass."""
         return nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss to those of its step."""
-        loss.backward()  # type: ignore[no-untyped-call]
+    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward of a batch; `last` says that its step follows."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor, batch_size: int, step_size: int) -> None:
+        """Add the gradients of a batch's mean loss to those of its step; it weighs as much as its images."""
+        (loss * (batch_size / step_size)).backward()  # type: ignore[no-untyped-call]
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None) -> None:
         """Clip the gradients to `max_norm` (L2, over all parameters), take the step, and forget the gradients."""
@@ -32,9 +75,49 @@ class Backend:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    # Around the steps.
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of its own for the epoch's metrics."""
+        return {}
+
+    def callbacks(self) -> list[Callback]:
+        """Callbacks of its own; they come before those that write checkpoints."""
+        return []
+
+    def describe(self) -> str:
+        """What of its state matters when a loss is no number; empty where nothing does."""
+        return ""
+
+    def before_save(self, run_dir: Path) -> None:
+        """Write what must be on the disk before a checkpoint is."""
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep of the backend itself."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
+
+    # Several processes: each of these is called by all of them at the same place.
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in any process."""
+        return flag
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the processes."""
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Plain data of every process, in the order of their ranks."""
+        return [value]
+
+    def main_first(self) -> AbstractContextManager[Any]:
+        """A block that the main process ends before the others begin it."""
+        return nullcontext()

@@ -3,15 +3,11 @@
 `training.py` says what a Training holds, `backend.py` how a step runs, `callbacks.py` what happens around it.
 """
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
-from typing import TypeVar
-
 import torch
 
-from ml_src.core.trainers.training import Progress, Training
-
-T = TypeVar("T")
+from ml_src.core.tasks import Metric
+from ml_src.core.trainers.memory import make_room
+from ml_src.core.trainers.training import Losses, Progress, Training
 
 
 def fit(t: Training) -> None:
@@ -22,12 +18,16 @@ def fit(t: Training) -> None:
             callback.on_start(t)
             started.append(callback)
         while t.progress.epoch < t.num_epochs and not t.stop:
-            train = train_epoch(t)
-            val = {} if t.interrupted else evaluate(t)
+            try:
+                train = train_epoch(t)
+                val = {} if t.interrupted else evaluate(t)
+            except RuntimeError as error:
+                make_room(t, error)  # raises it again, unless it was the memory and there is a way
+                continue  # with the step that did not fit
             if t.interrupted:
                 break
             t.metrics = {f"train_{key}": value for key, value in train.items()}
-            t.metrics |= {f"val_{key}": value for key, value in val.items()}
+            t.metrics |= {f"val_{key}": value for key, value in val.items()} | t.backend.metrics()
             t.schedule.end_epoch(t.metrics)
             t.progress = Progress(epoch=t.progress.epoch + 1, step=t.progress.step)
             for callback in t.callbacks:
@@ -40,48 +40,55 @@ def fit(t: Training) -> None:
 def train_epoch(t: Training) -> dict[str, float]:
     """Take the steps of one epoch that are left; return its loss and scores, measured while training."""
     t.model.train()
+    t.optimizer.zero_grad(set_to_none=True)
     metric = t.task.metric()
     if t.progress.counts is not None:
         metric.counts = t.progress.counts
-    for group in grouped(t.train_loader.epoch(t.progress.epoch, t.progress.batch), t.accumulation):
-        num_samples = sum(len(batch) for batch in group)
-        for batch in group:
+    for step in t.train_loader.steps(t.progress.epoch, t.progress.epoch_step):
+        losses = Losses()
+        for number, batch in enumerate(step.batches, start=1):
             images, targets = t.task.prepare(batch, t.device)
-            with t.backend.autocast():
-                logits = t.model(images)
-            loss = t.criterion(logits.float(), targets)
-            t.backend.backward(loss * (len(batch) / num_samples))  # a short batch weighs as much as its images
+            with t.backend.accumulate(t.model, last=number == step.num_batches):
+                with t.backend.autocast():
+                    logits = t.model(images)
+                loss = t.criterion(logits.float(), targets) if len(batch) else logits.sum()  # of nothing: 0
+                losses.add(loss, len(batch))
+                t.backend.backward(loss, len(batch), step.num_samples)
             metric.update(logits.detach(), targets)
-            t.progress.add(loss.detach(), len(batch))
+        t.require_finite(losses)
         t.backend.step(t.model, t.optimizer, t.max_norm)
         t.schedule.step()
-        t.progress.count_step(len(group), metric.counts)
+        t.progress.count_step(losses, metric.counts)
+        if t.average is not None:
+            t.average.update(t.network, t.progress.step)
         for callback in t.callbacks:
-            callback.on_step(t, num_samples)
-        if t.interrupted:
+            callback.on_step(t, step.num_samples)
+        t.heed_signals()
+        if t.stop:
             break
-    return {"loss": t.progress.mean_loss(), **metric.compute()}
+    return scores(t, t.progress, metric)
 
 
 @torch.inference_mode()
 def evaluate(t: Training) -> dict[str, float]:
     """Return loss and scores over the validation split, at the size of its transforms."""
-    t.model.eval()
+    t.measured.eval()
     metric = t.task.metric()
-    total = Progress()
+    losses = Losses()
     for batch in t.val_loader.epoch():
         images, targets = t.task.prepare(batch, t.device)
         with t.backend.autocast():
-            logits = t.model(images)
-        total.add(t.criterion(logits.float(), targets), len(batch))
+            logits = t.measured(images)
+        losses.add(t.criterion(logits.float(), targets), len(batch))
         metric.update(logits, targets)
-        if t.interrupted:
+        if t.signalled:
             break
-    return {"loss": total.mean_loss(), **metric.compute()}
+    t.heed_signals()
+    return scores(t, losses, metric)
 
 
-def grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield lists of `size` items; the last may be shorter."""
-    iterator = iter(items)
-    while group := list(islice(iterator, size)):
-        yield group
+def scores(t: Training, losses: Losses | Progress, metric: Metric) -> dict[str, float]:
+    """Return loss and scores over what all processes have counted."""
+    total = t.backend.sum(torch.tensor([float(losses.loss_sum), losses.num_samples], dtype=torch.float64))
+    metric.counts = t.backend.sum(metric.counts)
+    return {"loss": float(total[0] / total[1]), **metric.compute()}

@@ -1,14 +1,17 @@
 """From what `--resume` names to a checkpoint and the configuration it was started with."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_src.core.checkpoint import load_checkpoint
+from ml_src.core.checkpoint import load_checkpoint, previous_of
 from ml_src.core.config import Config
 from ml_src.core.config_file import parse_config
 from ml_src.core.errors import CheckpointError
 from ml_src.core.plugins import check_plugins
+
+log = logging.getLogger("ml_src")
 
 
 def checkpoint_of(path: Path) -> Path:
@@ -18,12 +21,31 @@ def checkpoint_of(path: Path) -> Path:
     """
     if path.is_file() and path.absolute().parent.name != "weights":
         raise CheckpointError(f"{path} is not in a run's folder: put it into RUN/weights/, where the run can go on")
-    if not path.is_dir():
-        return path.absolute() if path.parent == Path() else path
-    last = path / "weights" / "last.pt"
-    if not last.is_file():
-        raise CheckpointError(f"{path} has no weights/last.pt to go on from: start it with ml-train --config")
-    return last
+    if path.is_dir():
+        path = path / "weights" / "last.pt"
+        if not path.is_file() and not previous_of(path).is_file():
+            raise CheckpointError(
+                f"{path.parent.parent} has no weights/last.pt to go on from: start it with ml-train --config"
+            )
+    return _whole(path.absolute() if path.parent == Path() else path)
+
+
+def _whole(path: Path) -> Path:
+    """Return a checkpoint that can be opened: `path`, or the one before it."""
+    previous = previous_of(path)
+    try:
+        load_checkpoint(path)
+    except CheckpointError as error:
+        try:
+            before = load_checkpoint(previous)
+        except CheckpointError:
+            raise error from None
+        log.warning(
+            "%s is missing or damaged: going on from the one before it, %s (epoch %d, step %d)",
+            path, previous.name, before["epoch"], before["step"],
+        )  # fmt: skip
+        return previous
+    return path
 
 
 def checkpoint_config(path: Path, overrides: Mapping[str, Any], plugins: Sequence[str]) -> Config:
@@ -36,7 +58,9 @@ def checkpoint_config(path: Path, overrides: Mapping[str, Any], plugins: Sequenc
     return config.model_copy(update={"plugins": list(plugins)})
 
 
-def require_same_run(before: Config, now: Config, contents: Mapping[str, Any], path: Path) -> None:
+def require_same_run(
+    before: Config, now: Config, contents: Mapping[str, Any], path: Path, num_processes: int = 1
+) -> None:
     """Refuse to go on with what would be another run: other images, classes or optimizer.
 
     With another fold, images that were trained on would be used for validation.
@@ -49,8 +73,13 @@ def require_same_run(before: Config, now: Config, contents: Mapping[str, Any], p
         "data.ignore_index": (before.data.ignore_index, now.data.ignore_index),
         "optimizer.type": (before.optimizer.type, now.optimizer.type),
     }
-    if contents["unfinished_epoch"]["batch"]:  # the rest of an epoch is counted in its batches
-        same["training.batch_size"] = (before.training.batch_size, now.training.batch_size)
+    if contents["epoch_step"]:  # the rest of an epoch is counted in its steps
+        same["images a step"] = (_step_size(before, len(contents["processes"])), _step_size(now, num_processes))
     for key, (old, new) in same.items():
         if old != new:
             raise CheckpointError(f"{path} was trained with {key} {old}, not {new}: start a new run with --run_name")
+
+
+def _step_size(config: Config, num_processes: int) -> int:
+    """How many images a step takes, over all processes."""
+    return config.training.batch_size * config.training.gradient_accumulation_steps * num_processes

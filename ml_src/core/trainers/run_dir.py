@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ml_src.core.checkpoint import previous_of
 from ml_src.core.config import Config
 from ml_src.core.errors import TrainingError
 
@@ -19,7 +20,8 @@ def open_run(run_dir: Path, overwrite: bool, resume: str) -> None:
 
     Raises: TrainingError, which names the command `resume`, where there is a run that `overwrite` does not give up.
     """
-    finished, resumable = (run_dir / "metrics.json").exists(), (run_dir / "weights" / "last.pt").exists()
+    last = run_dir / "weights" / "last.pt"
+    finished, resumable = (run_dir / "metrics.json").exists(), last.exists() or previous_of(last).exists()
     if (finished or resumable) and not overwrite:  # else it ended before its first step: nothing to lose
         state = "a finished run: give" if finished else f"an unfinished run: go on with {resume}, or give"
         raise TrainingError(f"{run_dir} holds {state} --run_name for another name, or --overwrite")

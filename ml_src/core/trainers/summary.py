@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_src.core.atomic import write_json, write_text
 from ml_src.core.checkpoint import load_checkpoint, load_weights
+from ml_src.core.network import build_model
 from ml_src.core.trainers.run_dir import command
 from ml_src.core.trainers.training import Training
 
@@ -18,11 +19,12 @@ def measure(t: Training) -> str:
     """
     path = t.run_dir / "weights" / "best.pt"
     best = load_checkpoint(path, t.device)
-    load_weights(t.model, best["model_state_dict"], path)
+    network = t.backend.place(build_model(t.config.model))  # not the one in training: it may be wrapped or divided
+    load_weights(network, best["model_state_dict"], path)
     reports = {}
     for split in t.task.measured_splits():
         log.info("Measuring epoch %d on %s ...", best["epoch"], split)
-        reports[split] = t.task.measure(t.task.predict(t.model, split, t.device))
+        reports[split] = t.task.measure(t.task.predict(network, split, t.device))
     found = t.task.findings(best["metrics"], reports)
     summary = _text(t, best["epoch"], reports, found)
     write_text(t.run_dir / "summary.txt", summary)

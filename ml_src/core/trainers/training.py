@@ -10,41 +10,60 @@ import torch
 from torch import Tensor, nn
 
 from ml_src.core.callbacks import Callback
-from ml_src.core.checkpoint import load_weights, random_state, set_random_state
+from ml_src.core.checkpoint import load_weights, random_state, save_checkpoint, set_random_state
 from ml_src.core.config import Config
 from ml_src.core.config_file import plain
 from ml_src.core.data.loaders import Loader
-from ml_src.core.errors import CheckpointError
+from ml_src.core.device import Peek
+from ml_src.core.errors import CheckpointError, TrainingError
 from ml_src.core.optim import Schedule
 from ml_src.core.tasks import Task
+from ml_src.core.trainers.average import WeightAverage
 from ml_src.core.trainers.backend import Backend
 
 
-@dataclass
-class Progress:
-    """Where a run stands, and what the unfinished epoch has summed up so far."""
+class Losses:
+    """The losses of a step's batches; added up where they are, looked at without a wait for what comes after them."""
 
-    epoch: int = 0  # finished epochs
-    step: int = 0  # optimizer steps of the whole run
-    batch: int = 0  # finished batches of the current epoch
-    loss_sum: Tensor | float = 0.0  # over images; stays on the device, so that no step waits for it
-    num_samples: int = 0
-    counts: Tensor | None = None  # of the metric
+    def __init__(self) -> None:
+        self.loss_sum: Tensor | float = 0.0  # over images
+        self.num_samples = 0
+        self._seen: list[Peek] = []
 
     def add(self, loss: Tensor, num_samples: int) -> None:
-        """Add the mean loss of some samples."""
+        """Add the mean loss of some images."""
+        loss = loss.detach()
+        self._seen.append(Peek(loss))
         precise = torch.float32 if loss.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         self.loss_sum = self.loss_sum + loss.to(precise) * num_samples
         self.num_samples += num_samples
 
-    def count_step(self, num_batches: int, counts: Tensor) -> None:
-        """Count an optimizer step over some batches."""
+    def are_finite(self) -> bool:
+        """Whether each of them is a number."""
+        return all(math.isfinite(peek.value()) for peek in self._seen)
+
+
+@dataclass
+class Progress:
+    """Where a run stands, and what the unfinished epoch has summed up so far, in this process."""
+
+    epoch: int = 0  # finished epochs
+    step: int = 0  # optimizer steps of the whole run
+    epoch_step: int = 0  # finished steps of the current epoch
+    loss_sum: Tensor | float = 0.0  # over images; stays on the device, so that no step waits for it
+    num_samples: int = 0
+    counts: Tensor | None = None  # of the metric
+
+    def count_step(self, losses: Losses, counts: Tensor) -> None:
+        """Count a step that has been taken."""
         self.step += 1
-        self.batch += num_batches
+        self.epoch_step += 1
+        self.loss_sum = self.loss_sum + losses.loss_sum
+        self.num_samples += losses.num_samples
         self.counts = counts
 
     def mean_loss(self) -> float:
-        """The loss per image, NaN before the first."""
+        """The loss per image of this process, NaN before the first."""
         return float(self.loss_sum) / self.num_samples if self.num_samples else math.nan
 
 
@@ -54,8 +73,8 @@ class Training:
 
     config: Config
     task: Task
-    device: torch.device
-    model: nn.Module
+    network: nn.Module  # the plain one, with the names of its weights
+    model: nn.Module  # what the loop calls: the network, or what the backend has put around it
     criterion: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -64,10 +83,12 @@ class Training:
     val_loader: Loader
     callbacks: list[Callback]
     run_dir: Path
+    average: WeightAverage | None = None
     progress: Progress = field(default_factory=Progress)
     metrics: dict[str, float] = field(default_factory=dict)  # of the last finished epoch
-    stop: str = ""  # why to stop after this epoch
-    interrupted: bool = False  # stop after this step
+    stop: str = ""  # why to stop; in the middle of an epoch it is validated and counted all the same
+    signalled: bool = False  # this process has been asked to stop
+    interrupted: bool = False  # all processes stop after this step
     started: float = field(default_factory=time.monotonic)
     seconds_before: float = 0.0  # spent by the processes that this one goes on from
 
@@ -78,8 +99,18 @@ class Training:
 
     @property
     def accumulation(self) -> int:
-        """Batches a step."""
+        """Batches a step, as the config has it."""
         return self.config.training.gradient_accumulation_steps
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.backend.device
+
+    @property
+    def measured(self) -> nn.Module:
+        """The network that is validated and kept as best.pt."""
+        return self.network if self.average is None else self.average.network
 
     @property
     def max_norm(self) -> float | None:
@@ -90,10 +121,47 @@ class Training:
         """How long the run has taken, over all its resumes."""
         return self.seconds_before + time.monotonic() - self.started
 
+    def heed_signals(self) -> None:
+        """Agree with the other processes on whether to stop here."""
+        if self.backend.any(self.signalled):
+            self.stop, self.interrupted = "interrupted", True
+
+    def require_finite(self, losses: Losses) -> None:
+        """Save and end the run before a step whose loss is no number.
+
+        Raises: TrainingError.
+        """
+        if not self.backend.any(not losses.are_finite()):
+            return
+        kept = self.run_dir / "weights" / "last.pt"
+        if is_finite(self.network):  # the forward pass may have left its mark on the running statistics
+            self.save("last.pt")
+        state = self.backend.describe()
+        raise TrainingError(
+            f"the loss is no finite number in epoch {self.progress.epoch + 1}, step {self.progress.step + 1}, at "
+            f"learning rate {self.schedule.lr:g}{state and ', '}{state}: lower optimizer.lr tenfold, or add "
+            f"gradient_clipping to training.callbacks; {kept} is the state before"
+        )
+
+    def save(self, *names: str) -> None:
+        """Write the run as it stands into files of its weights folder. Called by all processes at the same place."""
+        contents = self.checkpoint()
+        if self.backend.is_main:
+            self.backend.before_save(self.run_dir)
+            for name in names:
+                save_checkpoint(self.run_dir / "weights" / name, contents, keep_previous=name == "last.pt")
+
     def checkpoint(self) -> dict[str, Any]:
         """Return the run as the contents of a checkpoint."""
+        own = {
+            "random_state": random_state(),
+            "loss_sum": float(self.progress.loss_sum),
+            "num_samples": self.progress.num_samples,
+            "counts": self.progress.counts,
+        }
         return {
-            "model_state_dict": self.model.state_dict(),
+            "model_state_dict": self.measured.state_dict(),
+            "raw_state_dict": {} if self.average is None else self.network.state_dict(),
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": self.schedule.state_dict(),
             "backend_state_dict": self.backend.state_dict(),
@@ -102,14 +170,9 @@ class Training:
             "class_names": list(self.config.class_names),
             "epoch": self.progress.epoch,
             "step": self.progress.step,
+            "epoch_step": self.progress.epoch_step,
             "metrics": dict(self.metrics),
-            "unfinished_epoch": {
-                "batch": self.progress.batch,
-                "loss_sum": float(self.progress.loss_sum),
-                "num_samples": self.progress.num_samples,
-                "counts": self.progress.counts,
-            },
-            "random_state": random_state(),
+            "processes": self.backend.gather(own),
             "num_threads": torch.get_num_threads(),
             "seconds": self.seconds(),
         }
@@ -119,7 +182,9 @@ class Training:
 
         Raises: CheckpointError where the checkpoint does not fit the run.
         """
-        load_weights(self.model, contents["model_state_dict"], path)
+        load_weights(self.network, contents["raw_state_dict"] or contents["model_state_dict"], path)
+        if self.average is not None:
+            load_weights(self.average.network, contents["model_state_dict"], path)
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(contents["optimizer_state_dict"])
@@ -129,18 +194,27 @@ class Training:
             self.backend.load_state_dict(contents["backend_state_dict"])
             for callback in self.callbacks:
                 callback.load_state_dict(contents["callback_state_dicts"].get(callback.name, {}))
-            unfinished = dict(contents["unfinished_epoch"])
-            counts = unfinished.pop("counts")
-            self.progress = Progress(
-                epoch=contents["epoch"],
-                step=contents["step"],
-                counts=None if counts is None else counts.to(self.device),
-                **unfinished,
-            )
-            set_random_state(contents["random_state"])
+            self.progress = Progress(contents["epoch"], contents["step"], contents["epoch_step"])
+            self._restore_own(contents["processes"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path} cannot be gone on from ({error!r}): it is incomplete; give the last.pt of the run"
             ) from error
         self.metrics = dict(contents["metrics"])
         self.seconds_before = float(contents["seconds"])
+
+    def _restore_own(self, processes: list[dict[str, Any]]) -> None:
+        """Take what was this process's own; of another number of processes, the first takes all sums."""
+        rank, same_number = self.backend.rank, len(processes) == self.backend.num_processes
+        set_random_state(processes[rank % len(processes)]["random_state"])
+        for own in processes[rank : rank + 1] if same_number else processes if rank == 0 else []:
+            self.progress.loss_sum += own["loss_sum"]
+            self.progress.num_samples += own["num_samples"]
+            if own["counts"] is not None:
+                counts = own["counts"].to(self.device)
+                self.progress.counts = counts if self.progress.counts is None else self.progress.counts + counts
+
+
+def is_finite(network: nn.Module) -> bool:
+    """Whether every weight and buffer is a number."""
+    return all(bool(value.isfinite().all()) for value in network.state_dict().values())

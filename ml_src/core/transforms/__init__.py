@@ -66,7 +66,7 @@ class Pipeline:
             self.mean, self.std = normalize.mean, normalize.std
 
     def __call__(
-        self, image: NDArray[np.uint8], mask: NDArray[Any] | None, rng: Generator, batch_rng: Generator
+        self, image: NDArray[np.uint8], mask: NDArray[Any] | None, rng: Generator, step_rng: Generator
     ) -> tuple[NDArray[np.uint8], NDArray[Any] | None]:
         """Transform one sample.
 
@@ -74,7 +74,7 @@ class Pipeline:
             image: (H, W, C) uint8, any C.
             mask: (H, W) uint8 or uint16, or None for a prediction.
             rng: of this sample; all of its draws come from it, so the same generator gives the same bytes.
-            batch_rng: the same for all samples of a batch; only random_resize_crop draws from it, the size.
+            step_rng: the same for all samples of a step; only random_resize_crop draws from it, the size.
 
         Returns: image (h, w, C) uint8 and mask (h, w) of its dtype, contiguous. The arrays given are not written to,
             but are handed back themselves where nothing changes them.
@@ -85,7 +85,7 @@ class Pipeline:
             _check(image, mask, self.ignore_index)
         size, steps = (image.shape[0], image.shape[1]), []
         for transform in self._geometric:
-            steps.append(transform.draw(size, rng, batch_rng))
+            steps.append(transform.draw(size, rng, step_rng))
             size = steps[-1].size
         image, mask = geometry.resample(image, mask, steps, self.ignore_index)
         pixels = intensity.Pixels(np.ascontiguousarray(image))

@@ -228,13 +228,13 @@ class Geometric(ABC):
     """Moves pixels: image and mask alike."""
 
     @abstractmethod
-    def draw(self, size: Size, rng: Generator, batch_rng: Generator) -> Step:
+    def draw(self, size: Size, rng: Generator, step_rng: Generator) -> Step:
         """Draw this sample's step.
 
         Args:
             size: of the canvas that the step acts on.
             rng: of this sample.
-            batch_rng: the same for all samples of a batch; for what must agree in a batch.
+            step_rng: the same for all samples of a step; for what must agree in a batch.
         """
 
 
@@ -244,7 +244,7 @@ class Resize(Geometric):
     def __init__(self, spec: specs.Resize):
         self.size = spec.size
 
-    def draw(self, size: Size, rng: Generator, batch_rng: Generator) -> Step:
+    def draw(self, size: Size, rng: Generator, step_rng: Generator) -> Step:
         return window(0, 0, size[1], size[0], self.size)
 
 
@@ -254,7 +254,7 @@ class RandomHorizontalFlip(Geometric):
     def __init__(self, spec: specs.RandomHorizontalFlip):
         self.p = spec.p
 
-    def draw(self, size: Size, rng: Generator, batch_rng: Generator) -> Step:
+    def draw(self, size: Size, rng: Generator, step_rng: Generator) -> Step:
         return mirror(size, horizontal=rng.random() < self.p, vertical=False)
 
 
@@ -264,7 +264,7 @@ class RandomVerticalFlip(Geometric):
     def __init__(self, spec: specs.RandomVerticalFlip):
         self.p = spec.p
 
-    def draw(self, size: Size, rng: Generator, batch_rng: Generator) -> Step:
+    def draw(self, size: Size, rng: Generator, step_rng: Generator) -> Step:
         return mirror(size, horizontal=False, vertical=rng.random() < self.p)
 
 
@@ -274,7 +274,7 @@ class RandomRotation(Geometric):
     def __init__(self, spec: specs.RandomRotation):
         self.degrees, self.p = spec.degrees, spec.p
 
-    def draw(self, size: Size, rng: Generator, batch_rng: Generator) -> Step:
+    def draw(self, size: Size, rng: Generator, step_rng: Generator) -> Step:
         return rotate(size, rng.uniform(-self.degrees, self.degrees)) if rng.random() < self.p else keep(size)
 
 
@@ -288,8 +288,8 @@ class RandomResizeCrop(Geometric):
     def __init__(self, spec: specs.RandomResizeCrop):
         self.sizes, self.p, self.scale = spec.sizes, spec.p, spec.scale
 
-    def draw(self, size: Size, rng: Generator, batch_rng: Generator) -> Step:
-        target = self.sizes[batch_rng.integers(len(self.sizes))]
+    def draw(self, size: Size, rng: Generator, step_rng: Generator) -> Step:
+        target = self.sizes[step_rng.integers(len(self.sizes))]
         (height, width), (rows, columns) = size, target
         if rng.random() >= self.p:
             return window(0, 0, width, height, target)
@@ -306,5 +306,5 @@ class Elastic(Geometric):
     def __init__(self, spec: specs.Elastic):
         self.alpha, self.sigma, self.p = spec.alpha, spec.sigma, spec.p
 
-    def draw(self, size: Size, rng: Generator, batch_rng: Generator) -> Step:
+    def draw(self, size: Size, rng: Generator, step_rng: Generator) -> Step:
         return deform(size, self.alpha, self.sigma, rng) if rng.random() < self.p else keep(size)
