@@ -29,6 +29,7 @@ def _train(argv: Sequence[str]) -> int:
     parser.add_argument("--config", type=Path, help="YAML file that ml-init-config wrote")
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR|CHECKPOINT", help="go on with a stopped run")
     parser.add_argument("--overwrite", action="store_true", help="remove an existing run of the same name")
+    parser.add_argument("--profile", action="store_true", help="measure 20 steps (training.profile)")
     parser.add_argument("--plugin", nargs="+", default=[], metavar="FILE.py", help="own models and losses to import")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE", help="any key")
     for flag, (key, kind, text) in OVERRIDES.items():
@@ -43,6 +44,8 @@ def _train(argv: Sequence[str]) -> int:
 
     overrides = {key: getattr(args, flag) for flag, (key, _, _) in OVERRIDES.items() if getattr(args, flag) is not None}
     overrides |= dict(parse_set(assignment) for assignment in args.set)
+    if args.profile:
+        overrides["training.profile"] = True
     config = None if args.config is None else load_config(args.config, overrides)
 
     from ml_src.core.trainers import train

@@ -24,6 +24,7 @@ from ml_src.core.tasks import Task, task_for
 from ml_src.core.trainers.average import WeightAverage
 from ml_src.core.trainers.backend import Backend
 from ml_src.core.trainers.loop import fit
+from ml_src.core.trainers.profile import Profile
 from ml_src.core.trainers.resume import require_same_run
 from ml_src.core.trainers.run_dir import command, log_to, open_run
 from ml_src.core.trainers.summary import measure
@@ -105,6 +106,7 @@ def build_training(config: Config, task: Task, backend: Backend, run_dir: Path) 
     model, optimizer = backend.prepare(network, optimizer)
     pin = config.training.pin_memory and backend.device.type == "cuda"
     train_loader = task.loader("train", backend.train_order(task), training=True, pin_memory=pin)
+    extra = backend.callbacks() + [Profile()] * (config.training.profile and backend.is_main)
     return Training(
         config=config,
         task=task,
@@ -116,7 +118,7 @@ def build_training(config: Config, task: Task, backend: Backend, run_dir: Path) 
         backend=backend,
         train_loader=train_loader,
         val_loader=task.loader("val", backend.val_order(task), pin_memory=pin),
-        callbacks=build_callbacks(config, task.monitors, backend.callbacks(), backend.is_main),
+        callbacks=build_callbacks(config, task.monitors, extra, backend.is_main),
         run_dir=run_dir,
         average=average,
     )

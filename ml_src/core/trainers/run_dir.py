@@ -11,7 +11,17 @@ from ml_src.core.checkpoint import previous_of
 from ml_src.core.config import Config
 from ml_src.core.errors import TrainingError
 
-OURS = ("config.yaml", "summary.txt", "metrics.json", "weights", "logs", "tensorboard", "inference")
+OURS = (
+    "config.yaml",
+    "summary.txt",
+    "metrics.json",
+    "weights",
+    "logs",
+    "tensorboard",
+    "profile",
+    "privacy.json",
+    "inference",
+)
 log = logging.getLogger("ml_src")
 
 
