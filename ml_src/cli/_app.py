@@ -5,11 +5,13 @@ Exit codes: 0 done, 1 an error of ours, 2 something the user can mend, 130 stopp
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn, TextIO
 
-from ml_src.core.errors import ConfigError, MLError
+from ml_src.core.errors import ERROR_FILE, ConfigError, MLError
 from ml_src.core.registry import suggest
 
 
@@ -61,7 +63,7 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
     except MLError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _show(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -72,10 +74,19 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
     except OSError as error:  # a full disk, a folder without permission: the user's to mend
         if debug or error.strerror is None:
             raise
-        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        _show(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
         return 2
     except Exception as error:
         if debug:
             raise
-        print(f"unexpected error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        _show(f"unexpected error: {type(error).__name__}: {error} (--debug shows where)")
         return 1
+
+
+def _show(line: str) -> None:
+    """Print on stderr; one of several processes leaves it to the one that started them, which shows it once."""
+    path = os.environ.get(ERROR_FILE)
+    if path is None:
+        print(line, file=sys.stderr)
+    else:
+        Path(path).write_text(f"{line}\n", encoding="utf-8")

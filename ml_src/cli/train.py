@@ -49,7 +49,9 @@ def _train(argv: Sequence[str]) -> int:
     config = None if args.config is None else load_config(args.config, overrides)
 
     from ml_src.core.trainers import train
+    from ml_src.core.trainers.launch import launched, relaunch
     from ml_src.core.trainers.resume import checkpoint_config, checkpoint_of
+    from ml_src.core.trainers.run_dir import command
 
     checkpoint = None if args.resume is None else checkpoint_of(args.resume)
     if config is None:
@@ -57,8 +59,14 @@ def _train(argv: Sequence[str]) -> int:
         config = checkpoint_config(checkpoint, overrides, args.plugin)
     elif args.plugin:  # the checkpoints name them too
         config = config.model_copy(update={"plugins": list(dict.fromkeys([*config.plugins, *args.plugin]))})
+    num_processes = config.training.num_processes or 1
+    if num_processes > 1 and not launched():
+        run_dir = config.run_dir if checkpoint is None else checkpoint.parent.parent
+        resume = command("ml-train --resume", run_dir, config)
+        return relaunch(num_processes, ["-m", "ml_src.cli.train", *argv], resume)
     outcome = train(config, checkpoint, args.overwrite)
-    print(outcome.summary)
+    if outcome.summary:
+        print(outcome.summary)
     return 130 if outcome.interrupted else 0
 
 

@@ -9,6 +9,9 @@
 A message says what is wrong, where, and what to do. Any other exception is a bug of ours.
 """
 
+ERROR_FILE = "ML_SRC_ERROR_FILE"
+"""Environment variable: where one of several processes writes the line of its error, for its parent to show once."""
+
 
 class MLError(Exception):
     """What a user can mend; its text is the one sentence that is shown."""

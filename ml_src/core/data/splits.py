@@ -5,6 +5,7 @@ of every class. The files are written all or none, because a mixture of two spli
 """
 
 import csv
+import io
 import os
 import re
 import unicodedata
@@ -20,7 +21,8 @@ import numpy as np
 from ml_src.core.data.files import Pair, listed, stem_of
 from ml_src.core.errors import ConfigError, DataError
 
-SPLIT_FILE = re.compile(r"(test|fold_\d+_(train|val))_(images|masks)\.txt")
+GROUPS = "groups.csv"
+SPLIT_FILE = re.compile(r"(test|fold_\d+_(train|val))_(images|masks)\.txt|groups\.csv")
 # Stands beside the classes in the bookkeeping below: every unit has it, so it balances the number of images.
 ANY = -1
 
@@ -32,10 +34,11 @@ def cache_path(splits_dir: Path) -> Path:
 
 @dataclass(frozen=True)
 class Splits:
-    """Indices into the pairs, ascending: those for testing, and (train, val) of each fold."""
+    """Indices into the pairs, ascending: those for testing, and (train, val) of each fold; the group of each pair."""
 
     test: list[int]
     folds: list[tuple[list[int], list[int]]]
+    groups: list[str] | None = None
 
 
 def make_splits(
@@ -81,7 +84,7 @@ def make_splits(
         vals = [_draw(rest, val_split, 1, _stream(seed, 2 + fold))[0] for fold in range(num_folds)]
     remaining = set(_members(rest))
     folds = [(sorted(remaining - set(val)), val) for val in map(_members, vals)]
-    return Splits(_members(drawn), folds)
+    return Splits(_members(drawn), folds, None if groups is None else list(groups))
 
 
 def _stream(seed: int, number: int) -> np.random.Generator:
@@ -298,13 +301,23 @@ def index_files(splits: Splits, pairs: Sequence[Pair], data_dir: Path) -> dict[s
         "masks": _relative_lines([pair.mask for pair in pairs], data_dir),
     }
     parts = {"test": splits.test}
+    groups = {} if splits.groups is None else {GROUPS: _groups_csv(pairs, splits.groups)}
     for fold, (train, val) in enumerate(splits.folds):
         parts |= {f"fold_{fold}_train": train, f"fold_{fold}_val": val}
     return {
         f"{name}_{kind}.txt": "".join(of_kind[index] for index in indices)
         for name, indices in parts.items()
         for kind, of_kind in lines.items()
-    }
+    } | groups
+
+
+def _groups_csv(pairs: Sequence[Pair], groups: Sequence[str]) -> str:
+    """Return what `groups_from_csv` reads."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "group"])
+    writer.writerows(zip([pair.image.name for pair in pairs], groups, strict=True))
+    return text.getvalue()
 
 
 def _relative_lines(paths: Sequence[Path], data_dir: Path) -> list[str]:
@@ -329,7 +342,7 @@ def write_splits(splits: Splits, pairs: Sequence[Pair], data_dir: Path, splits_d
     new, old = index_files(splits, pairs, data_dir), existing_files(splits_dir)
     if new == old:
         return
-    if old and not force:
+    if not old.items() <= new.items() and not force:
         raise DataError(f"{splits_dir} holds another split: give --force to replace it, or --output another folder")
     try:
         _replace_files(splits_dir, old, new)
@@ -397,6 +410,17 @@ def read_split(splits_dir: Path, data_dir: Path, name: str) -> list[Pair]:
         lists = f"{image_list} and {mask_list.name}"
         raise DataError(f"{lists} name files that do not exist: {listed(gone)}; restore them or run ml-split again")
     return pairs
+
+
+def read_groups(splits_dir: Path, pairs: Sequence[Pair]) -> list[str]:
+    """Return the group of each pair, as ml-split kept them together.
+
+    Raises: DataError where the split was made without groups.
+    """
+    path = splits_dir / GROUPS
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: run ml-split again with --groups or --group_regex")
+    return groups_from_csv(pairs, path)
 
 
 def is_empty(splits_dir: Path, name: str) -> bool:

@@ -37,6 +37,12 @@ class Task(Protocol):
     def num_images(self, split: str) -> int:
         """How many images a split has."""
 
+    def groups(self, split: str) -> list[str]:
+        """The group of each image of a split, such as its patient.
+
+        Raises: DataError where the split was made without groups.
+        """
+
     def check_data(self) -> None:
         """Raise DataError where the data of the fold cannot be trained on."""
 

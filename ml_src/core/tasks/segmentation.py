@@ -103,6 +103,13 @@ class Segmentation:
         """Return how many images a split has."""
         return len(self.pairs(split))
 
+    def groups(self, split: str) -> list[str]:
+        """Return the group of each image of a split, as ml-split kept them together.
+
+        Raises: DataError where the split was made without groups.
+        """
+        return splits.read_groups(self.config.splits_dir, self.pairs(split))
+
     @cached_property
     def _facts(self) -> dict[str, list[checks.MaskFacts]]:
         """What the masks of the fold hold; read in parallel, once, and kept beside the index files."""

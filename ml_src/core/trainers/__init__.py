@@ -75,7 +75,8 @@ def train(config: Config, resume: Path | None = None, overwrite: bool = False) -
         with stop_on_ctrl_c(training):
             fit(training)
         if training.interrupted:
-            return Outcome(run_dir, True, f"Stopped. To go on: {command('ml-train --resume', run_dir, config)}")
+            how = f"Stopped. To go on: {command('ml-train --resume', run_dir, config)}"
+            return Outcome(run_dir, True, how if backend.is_main else "")
         if training.stop:
             log.info("Stopped early: %s", training.stop)
         return Outcome(run_dir, False, measure(training) if backend.is_main else "")
@@ -93,6 +94,14 @@ def choose_backend(config: Config) -> Backend:
             from ml_src.core.trainers.mixed_precision import MixedPrecision
 
             return MixedPrecision(config)
+        case "accelerate":
+            from ml_src.core.trainers.accelerate import Accelerate
+
+            return Accelerate(config)
+        case "dp":
+            from ml_src.core.trainers.dp import DP
+
+            return DP(config)
         case other:
             raise ConfigError(f"training.trainer_type {other!r} is not built yet: use 'standard'")
 
@@ -103,16 +112,18 @@ def build_training(config: Config, task: Task, backend: Backend, run_dir: Path) 
     network = backend.place(build_model(config.model))
     optimizer = build_optimizer(config.optimizer, network.parameters())
     average = None if config.training.ema is None else WeightAverage(network, config.training.ema)
-    model, optimizer = backend.prepare(network, optimizer)
     pin = config.training.pin_memory and backend.device.type == "cuda"
     train_loader = task.loader("train", backend.train_order(task), training=True, pin_memory=pin)
+    criterion = task.criterion().to(backend.device)
+    backend.require_fitting(criterion)
+    model, optimizer = backend.prepare(network, optimizer)
     extra = backend.callbacks() + [Profile()] * (config.training.profile and backend.is_main)
     return Training(
         config=config,
         task=task,
         network=network,
         model=model,
-        criterion=task.criterion().to(backend.device),
+        criterion=criterion,
         optimizer=optimizer,
         schedule=Schedule(config.scheduler, optimizer, train_loader.num_steps, config.training.num_epochs),
         backend=backend,

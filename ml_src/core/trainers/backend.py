@@ -45,6 +45,9 @@ class Backend:
 
     # What is trained.
 
+    def require_fitting(self, criterion: nn.Module) -> None:
+        """Raise ConfigError where the loss does not go with this trainer."""
+
     def place(self, network: nn.Module) -> nn.Module:
         """Put the network where it is trained. Channels-last is how the loader lays out images."""
         return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

@@ -157,7 +157,7 @@ class Training:
             "random_state": random_state(),
             "loss_sum": float(self.progress.loss_sum),
             "num_samples": self.progress.num_samples,
-            "counts": self.progress.counts,
+            "counts": None if self.progress.counts is None else self.progress.counts.cpu(),
         }
         return {
             "model_state_dict": self.measured.state_dict(),

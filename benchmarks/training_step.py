@@ -1,0 +1,195 @@
+"""How fast and how large is a training step with each trainer, beside the plain PyTorch loop that most people write?
+
+Every contender is a process of its own, so that its memory is its own; they take turns, a few steps each, for several
+rounds. Ours go through the loop of ml-train (files read and augmented by 2 workers, scores, progress). The plain loop
+has the same network, loss, files and number of workers: float32, contiguous images, normalised by the workers.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _report import report
+from PIL import Image
+
+from ml_src.cli import split
+from ml_src.core.callbacks import ProgressLines
+from ml_src.core.config_file import parse_config
+from ml_src.core.data.sample import write_sample
+from ml_src.core.losses import build_loss
+from ml_src.core.network.custom import SimpleUNet
+from ml_src.core.tasks import task_for
+from ml_src.core.trainers import build_training, choose_backend
+from ml_src.core.trainers.loop import train_epoch
+from ml_src.core.trainers.training import Progress
+
+PLAIN = "plain PyTorch, fp32"
+ON_CPU: dict[str, dict[str, Any]] = {
+    "standard": {"training.trainer_type": "standard"},
+    "mixed_precision bf16": {"training.trainer_type": "mixed_precision", "training.amp_dtype": "bfloat16"},
+    "accelerate, 1 process": {"training.trainer_type": "accelerate"},
+}
+ON_GPU = ON_CPU | {
+    "mixed_precision fp16": {"training.trainer_type": "mixed_precision", "training.amp_dtype": "float16"}
+}
+
+
+def raw_config(data: Path, base_channels: int, args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "data": {"data_dir": str(data), "num_classes": 3},
+        "model": {"base_channels": base_channels},
+        "loss": {"type": "dice_bce_loss"},
+        "training": {"batch_size": args.batch, "num_workers": args.workers, "device": args.device},
+        "transforms": {
+            "train": [
+                {"type": "random_horizontal_flip"},
+                {"type": "random_vertical_flip"},
+                {"type": "normalize", "mean": [0.5], "std": [0.25]},
+            ]
+        },
+    }
+
+
+class PlainDataset(torch.utils.data.Dataset):
+    def __init__(self, data: Path) -> None:
+        lines = [(data / "splits" / f"fold_0_train_{kind}.txt").read_text().split() for kind in ("images", "masks")]
+        self.pairs = [(data / image, data / mask) for image, mask in zip(*lines, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image, mask = (np.asarray(Image.open(path)) for path in self.pairs[index])
+        if np.random.random() < 0.5:
+            image, mask = image[:, ::-1], mask[:, ::-1]
+        if np.random.random() < 0.5:
+            image, mask = image[::-1], mask[::-1]
+        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div(255)
+        return (pixels - 0.5) / 0.25, torch.from_numpy(mask.astype(np.int64))
+
+
+def plain_epoch(data: Path, base_channels: int, args: argparse.Namespace) -> Any:
+    device = torch.device(args.device)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    model = SimpleUNet(3, 3, base_channels).to(device)
+    criterion = build_loss(parse_config(raw_config(data, base_channels, args)).loss)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    loader = torch.utils.data.DataLoader(
+        PlainDataset(data), args.batch, shuffle=True, num_workers=args.workers, persistent_workers=args.workers > 0
+    )
+
+    def epoch() -> int:
+        model.train()
+        running = 0.0
+        for images, masks in loader:
+            images, masks = images.to(device), masks.to(device)
+            optimizer.zero_grad()
+            loss = criterion(model(images), masks)
+            loss.backward()
+            optimizer.step()
+            running += loss.item()
+        return len(loader.dataset)
+
+    return epoch
+
+
+def our_epoch(data: Path, base_channels: int, args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
+    config = parse_config(raw_config(data, base_channels, args), overrides)
+    t = build_training(config, task_for(config), choose_backend(config), data / "run")
+    t.callbacks = [ProgressLines()]
+    t.callbacks[0].on_start(t)
+
+    def epoch() -> int:
+        t.progress = Progress(epoch=t.progress.epoch + 1)
+        train_epoch(t)
+        return t.progress.num_samples
+
+    return epoch
+
+
+def contender(name: str, data: Path, base_channels: int, args: argparse.Namespace, pipe: Connection) -> None:
+    """Run an epoch whenever asked, and answer with images/s and the peak memory so far."""
+    torch.set_num_threads(args.threads)
+    if name == PLAIN:
+        epoch = plain_epoch(data, base_channels, args)
+    else:
+        from ml_src.core.device import keep_freed_memory
+
+        keep_freed_memory()  # as `train` does, before anything large
+        epoch = our_epoch(data, base_channels, args, (ON_GPU if args.device == "cuda" else ON_CPU)[name])
+    on_gpu = args.device == "cuda"
+    while pipe.recv():
+        start = time.perf_counter()
+        num_images = epoch()
+        if on_gpu:
+            torch.cuda.synchronize()
+        speed = num_images / (time.perf_counter() - start)
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        pipe.send((speed, torch.cuda.max_memory_allocated() / 2**30 if on_gpu else host))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--channels", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--name", default="training_step", help="of the JSON file")
+    args = parser.parse_args()
+    names = [PLAIN, *(ON_GPU if args.device == "cuda" else ON_CPU)]
+    rows = []
+    context = multiprocessing.get_context("spawn")
+    for base_channels in args.channels:
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder) / "data"
+            num_images = args.steps * args.batch * 2 + 2
+            write_sample(data, num_images=num_images, height=args.size, width=args.size)
+            paths = ["--raw_data", str(data / "images"), "--mask_data", str(data / "masks")]
+            split.main([*paths, "--folds", "2", "--test_split", str(2 / num_images)])
+            pipes = {}
+            for name in names:
+                pipes[name], theirs = context.Pipe()
+                context.Process(target=contender, args=(name, data, base_channels, args, theirs), daemon=False).start()
+            speeds: dict[str, list[float]] = {name: [] for name in names}
+            memory = dict.fromkeys(names, 0.0)
+            for number in range(args.rounds + 1):  # the first is the warm-up
+                for name in names if number % 2 else reversed(names):
+                    pipes[name].send(True)
+                    speed, memory[name] = pipes[name].recv()
+                    if number:
+                        speeds[name].append(speed)
+            for pipe in pipes.values():
+                pipe.send(False)
+            for name in names:
+                ratios = [a / b for a, b in zip(speeds[name], speeds[PLAIN], strict=True)]
+                to_standard = [a / b for a, b in zip(speeds[name], speeds["standard"], strict=True)]
+                rows.append(
+                    {
+                        "channels": base_channels,
+                        "trainer": name,
+                        "images/s": statistics.median(speeds[name]),
+                        "x plain (median of pairs)": statistics.median(ratios),
+                        "min": min(ratios),
+                        "max": max(ratios),
+                        "x standard": statistics.median(to_standard),
+                        "peak GiB": memory[name],
+                    }
+                )
+    report(args.name, vars(args), rows)
+
+
+if __name__ == "__main__":
+    main()
