@@ -5,13 +5,14 @@ BIN    := $(VENV)/bin
 # uv from the machine where there is one, else from a small environment of our own: pip installs it into .uv/.
 UV     := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 
-.PHONY: help setup demo test check fix docs bench clean
+.PHONY: help setup demo test check crash fix docs bench clean
 
 help:
 	@echo "make demo   set up, then run the main job on a generated data set (about a minute)"
 	@echo "make test   set up, then run the tests"
 	@echo "make setup  the set-up alone, into .venv"
 	@echo "make check  ruff, mypy, import contract, generated docs, tests"
+	@echo "make crash  kill real trainings again and again, resume them, compare (many minutes)"
 	@echo "make fix    let ruff format and mend what it can"
 	@echo "make docs   write docs/configuration.md again from the code"
 	@echo "make bench  run the benchmarks (minutes; results in benchmarks/results/)"
@@ -41,6 +42,9 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/python -m ml_src.core.reference --check
 	$(BIN)/python -m pytest -n 2
+
+crash: setup
+	$(BIN)/python tests/crash/crash.py
 
 fix: setup
 	$(BIN)/ruff check --fix .

@@ -1,35 +1,28 @@
 """How fast and how large is a training step with each trainer, beside the plain PyTorch loop that most people write?
 
-Every contender is a process of its own, so that its memory is its own; they take turns, a few steps each, for several
-rounds. Ours go through the loop of ml-train (files read and augmented by 2 workers, scores, progress). The plain loop
-has the same network, loss, files and number of workers: float32, contiguous images, normalised by the workers.
+Every contender is a process of its own; they take turns, a few steps each, for several rounds. Ours go through the loop
+of ml-train (files read and augmented by 2 workers, scores, progress). The plain loop has the same network, loss, files
+and number of workers: float32, contiguous images, normalised by the workers.
 """
 
 import argparse
-import multiprocessing
-import resource
 import statistics
 import tempfile
-import time
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from _report import report
+from _turns import Epoch, ours, take_turns
 from PIL import Image
 
 from ml_src.cli import split
-from ml_src.core.callbacks import ProgressLines
 from ml_src.core.config_file import parse_config
 from ml_src.core.data.sample import write_sample
 from ml_src.core.losses import build_loss
 from ml_src.core.network.custom import SimpleUNet
-from ml_src.core.tasks import task_for
-from ml_src.core.trainers import build_training, choose_backend
-from ml_src.core.trainers.loop import train_epoch
-from ml_src.core.trainers.training import Progress
 
 PLAIN = "plain PyTorch, fp32"
 ON_CPU: dict[str, dict[str, Any]] = {
@@ -76,7 +69,7 @@ class PlainDataset(torch.utils.data.Dataset):
         return (pixels - 0.5) / 0.25, torch.from_numpy(mask.astype(np.int64))
 
 
-def plain_epoch(data: Path, base_channels: int, args: argparse.Namespace) -> Any:
+def plain_epoch(data: Path, base_channels: int, args: argparse.Namespace) -> Epoch:
     device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.conv.fp32_precision = "ieee"
@@ -102,41 +95,6 @@ def plain_epoch(data: Path, base_channels: int, args: argparse.Namespace) -> Any
     return epoch
 
 
-def our_epoch(data: Path, base_channels: int, args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
-    config = parse_config(raw_config(data, base_channels, args), overrides)
-    t = build_training(config, task_for(config), choose_backend(config), data / "run")
-    t.callbacks = [ProgressLines()]
-    t.callbacks[0].on_start(t)
-
-    def epoch() -> int:
-        t.progress = Progress(epoch=t.progress.epoch + 1)
-        train_epoch(t)
-        return t.progress.num_samples
-
-    return epoch
-
-
-def contender(name: str, data: Path, base_channels: int, args: argparse.Namespace, pipe: Connection) -> None:
-    """Run an epoch whenever asked, and answer with images/s and the peak memory so far."""
-    torch.set_num_threads(args.threads)
-    if name == PLAIN:
-        epoch = plain_epoch(data, base_channels, args)
-    else:
-        from ml_src.core.device import keep_freed_memory
-
-        keep_freed_memory()  # as `train` does, before anything large
-        epoch = our_epoch(data, base_channels, args, (ON_GPU if args.device == "cuda" else ON_CPU)[name])
-    on_gpu = args.device == "cuda"
-    while pipe.recv():
-        start = time.perf_counter()
-        num_images = epoch()
-        if on_gpu:
-            torch.cuda.synchronize()
-        speed = num_images / (time.perf_counter() - start)
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        pipe.send((speed, torch.cuda.max_memory_allocated() / 2**30 if on_gpu else host))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
@@ -149,9 +107,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", default="training_step", help="of the JSON file")
     args = parser.parse_args()
-    names = [PLAIN, *(ON_GPU if args.device == "cuda" else ON_CPU)]
+    trainers = ON_GPU if args.device == "cuda" else ON_CPU
     rows = []
-    context = multiprocessing.get_context("spawn")
     for base_channels in args.channels:
         with tempfile.TemporaryDirectory() as folder:
             data = Path(folder) / "data"
@@ -159,21 +116,11 @@ def main() -> None:
             write_sample(data, num_images=num_images, height=args.size, width=args.size)
             paths = ["--raw_data", str(data / "images"), "--mask_data", str(data / "masks")]
             split.main([*paths, "--folds", "2", "--test_split", str(2 / num_images)])
-            pipes = {}
-            for name in names:
-                pipes[name], theirs = context.Pipe()
-                context.Process(target=contender, args=(name, data, base_channels, args, theirs), daemon=False).start()
-            speeds: dict[str, list[float]] = {name: [] for name in names}
-            memory = dict.fromkeys(names, 0.0)
-            for number in range(args.rounds + 1):  # the first is the warm-up
-                for name in names if number % 2 else reversed(names):
-                    pipes[name].send(True)
-                    speed, memory[name] = pipes[name].recv()
-                    if number:
-                        speeds[name].append(speed)
-            for pipe in pipes.values():
-                pipe.send(False)
-            for name in names:
+            raw = raw_config(data, base_channels, args)
+            contenders = {PLAIN: partial(plain_epoch, data, base_channels, args)}
+            contenders |= {name: ours(raw, overrides) for name, overrides in trainers.items()}
+            speeds, memory = take_turns(contenders, args.rounds, args.threads, args.device == "cuda")
+            for name in contenders:
                 ratios = [a / b for a, b in zip(speeds[name], speeds[PLAIN], strict=True)]
                 to_standard = [a / b for a, b in zip(speeds[name], speeds["standard"], strict=True)]
                 rows.append(
@@ -185,7 +132,8 @@ def main() -> None:
                         "min": min(ratios),
                         "max": max(ratios),
                         "x standard": statistics.median(to_standard),
-                        "peak GiB": memory[name],
+                        "peak GiB": memory[name].peak,
+                        "of which steps": memory[name].of_steps,
                     }
                 )
     report(args.name, vars(args), rows)
