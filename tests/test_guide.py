@@ -796,6 +796,7 @@ def test_the_advanced_config_says_what_it_means() -> None:
     assert [spec.type for spec in config.val_transforms] == ["resize", "normalize"]
     assert config.val_transforms[0].size == (512, 512)
 
+
 def test_the_advanced_config_trains_end_to_end() -> None:
     """Everything as written, at 512x512: the three best epochs by val_dice stay, and best.pt is one."""
     data = drawing("medical_scans", num_classes=4, num_images=10)

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 def replacing(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """Open a file that takes `path`'s place when the block ends well, and leaves no trace when it does not.
 
-    What was at `path` goes to `previous`, where that is given; at no moment are both names without a whole file.
+    What was at `path` stays as `previous`, where that is given; at no moment are both names without a whole file.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -21,13 +21,30 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():
-            path.replace(previous)
+            _keep(path, previous)
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which
             error.filename = str(path)
         raise
+
+
+def _keep(path: Path, name: Path) -> None:
+    """Give a file a second name; where the file system has no links, another one."""
+    link = name.with_name(f"{name.name}.{os.getpid()}.tmp")
+    try:
+        os.link(path, link)
+        link.replace(name)
+    except OSError:
+        path.replace(name)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed have left in a folder; nobody may be writing there."""
+    for path in folder.glob("*.tmp"):
+        if path.suffixes[-2:-1] and path.suffixes[-2][1:].isdigit():
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -140,6 +140,8 @@ class Checkpoints(Callback):
 
     def on_start(self, t: Training) -> None:
         self.last_save = time.monotonic()
+        if t.backend.is_main:
+            (t.run_dir / "metrics.json").unlink(missing_ok=True)  # no longer finished
         if t.progress.step == 0:  # from here on the folder is taken, and a run that is killed can go on
             t.save("last.pt")
 

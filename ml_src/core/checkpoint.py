@@ -45,7 +45,10 @@ def save_checkpoint(path: Path, contents: dict[str, Any], keep_previous: bool = 
     """
     contents = {"format_version": FORMAT_VERSION, **contents}
     with replacing(path, previous_of(path) if keep_previous else None) as file:
-        torch.save(contents, file)
+        try:
+            torch.save(contents, file)
+        except RuntimeError as error:  # torch, closing its archive, speaks over the reason
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def previous_of(path: Path) -> Path:

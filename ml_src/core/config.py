@@ -439,6 +439,8 @@ class Config(Section):
                 problems.append("model.norm must be group with trainer_type dp: batch normalisation mixes the images")
             if training.compile:
                 problems.append("training.compile does not go with trainer_type dp, whose hooks it would lose")
+            if self.loss.class_weights == "balanced":
+                problems.append("loss.class_weights: balanced counts the private masks: give weights known beforehand")
             problems += self._undeclared_statistics()
         if training.num_processes is not None and trainer != "accelerate":
             problems.append(f"training.num_processes is for trainer_type accelerate, not {trainer}")
@@ -452,7 +454,7 @@ class Config(Section):
             return []
         given = [(spec.mean, spec.std) for spec in self.train_transforms if isinstance(spec, Normalize)]
         of_data = ["transforms.*.normalize" for one in given if one not in PUBLIC_STATISTICS]
-        of_data += ["loss.class_weights"] * (self.loss.class_weights is not None)
+        of_data += ["loss.class_weights"] * isinstance(self.loss.class_weights, list)
         return [
             f"{key} may have been computed from the private images: use values known beforehand, or say "
             "training.dp.public_statistics: true if they were not"

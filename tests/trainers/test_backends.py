@@ -1,6 +1,7 @@
 """What every trainer does alike: accumulation, clipping, averages, schedules, callbacks, plateau logic."""
 
 import copy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from ml_src.core.trainers.training import Training
 
 TRAINERS = ["standard", "mixed_precision", "accelerate", "dp"]
 PRIVACY = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "target_delta": 1e-3}
+
+
+PUBLIC = {"training.dp": PRIVACY | {"public_statistics": True}}
 
 
 @pytest.fixture(autouse=True)
@@ -268,3 +272,14 @@ def test_what_a_trainer_cannot_do_is_said_at_once(
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
         parse_config(copy.deepcopy(small_config), changes)
+
+
+def test_without_opacus_the_sentence_says_what_to_install(
+    small_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith(("opacus", "ml_src.core.trainers.dp"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "opacus", None)
+    config = parse_config(small_config, {"training.trainer_type": "dp", **PUBLIC})
+    with pytest.raises(ConfigError, match=r"needs Opacus: run pip install 'ml-src\[dp\]'"):
+        choose_backend(config)

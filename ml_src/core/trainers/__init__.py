@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,9 +11,9 @@ from types import FrameType
 
 import torch
 
-from ml_src.core.atomic import write_text
+from ml_src.core.atomic import remove_leftovers, write_text
 from ml_src.core.callbacks import build_callbacks
-from ml_src.core.checkpoint import load_checkpoint
+from ml_src.core.checkpoint import load_checkpoint, previous_of
 from ml_src.core.config import Config
 from ml_src.core.config_file import parse_config, to_yaml
 from ml_src.core.device import keep_freed_memory, seed_everything
@@ -30,6 +31,7 @@ from ml_src.core.trainers.run_dir import command, log_to, open_run
 from ml_src.core.trainers.summary import measure
 from ml_src.core.trainers.training import Training
 
+PREVIOUS = previous_of(Path("last.pt")).name
 log = logging.getLogger("ml_src")
 
 
@@ -68,12 +70,16 @@ def train(config: Config, resume: Path | None = None, overwrite: bool = False) -
         if resume is not None:
             restore(training, resume)
         if backend.is_main:
-            (run_dir / "metrics.json").unlink(missing_ok=True)  # no longer finished
+            for folder in (run_dir, run_dir / "weights"):
+                remove_leftovers(folder)
+            if resume is not None and resume.name == PREVIOUS:  # or the next save would keep the damaged one
+                resume.with_name("last.pt").unlink(missing_ok=True)
             write_text(run_dir / "config.yaml", to_yaml(config))
-        num_parameters = sum(p.numel() for p in training.network.parameters())
+        num_parameters = sum(p.numel() for p in training.measured.parameters())
         log.info("%s, %d parameters, on %s", run_dir, num_parameters, backend.device)
         with stop_on_ctrl_c(training):
             fit(training)
+        backend.close()
         if training.interrupted:
             how = f"Stopped. To go on: {command('ml-train --resume', run_dir, config)}"
             return Outcome(run_dir, True, how if backend.is_main else "")
@@ -95,12 +101,14 @@ def choose_backend(config: Config) -> Backend:
 
             return MixedPrecision(config)
         case "accelerate":
-            from ml_src.core.trainers.accelerate import Accelerate
+            from ml_src.core.trainers.accelerate import choose_strategy
 
-            return Accelerate(config)
+            return choose_strategy(config)
         case "dp":
-            from ml_src.core.trainers.dp import DP
-
+            try:
+                from ml_src.core.trainers.dp import DP
+            except ModuleNotFoundError as error:
+                raise ConfigError("training.trainer_type dp needs Opacus: run pip install 'ml-src[dp]'") from error
             return DP(config)
         case other:
             raise ConfigError(f"training.trainer_type {other!r} is not built yet: use 'standard'")
@@ -158,14 +166,21 @@ def restore(training: Training, path: Path) -> None:
 
 @contextmanager
 def stop_on_ctrl_c(training: Training) -> Iterator[None]:
-    """Ctrl-C (or SIGTERM) ends the loop after the current step, with last.pt written; a second Ctrl-C ends at once."""
+    """Ctrl-C (or SIGTERM) ends the loop after the current step, with last.pt written; a second Ctrl-C ends at once.
+
+    A cluster's scheduler and whoever started this process may both send it SIGTERM: within a second they count as one.
+    """
+    told = 0.0
 
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal told
         if training.signalled:
+            if number == signal.SIGTERM and time.monotonic() - told < 1:
+                return
             training.interrupted = False  # in the middle of a step there is nothing whole to save
             raise KeyboardInterrupt
         log.info("Stopping after this step ...")
-        training.signalled = True
+        training.signalled, told = True, time.monotonic()
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, stop) for number in numbers]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ml_src.core.callbacks import Callback
+from ml_src.core.checkpoint import load_weights
 from ml_src.core.config import Config
 from ml_src.core.data.order import EpochOrder, Order, ShareOfBatches
 from ml_src.core.device import allow_tf32, choose_device
@@ -78,11 +79,40 @@ class Backend:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    # What is measured and kept, where a process may hold only a part of it. All processes call all but `measured`.
+
+    def measured(self, network: nn.Module) -> nn.Module:
+        """The network as it can be called by one process alone, with the weights that it had at its `eval()`."""
+        return network
+
+    def weights(self, model: nn.Module, network: nn.Module) -> dict[str, Any]:
+        """The state dict of the whole network, under the names that it has on one process."""
+        return network.state_dict()
+
+    def load_weights(self, model: nn.Module, network: nn.Module, weights: dict[str, Any], path: Path) -> None:
+        """Go on from `weights`, which the file at `path` holds.
+
+        Raises: CheckpointError where names or shapes differ.
+        """
+        load_weights(network, weights, path)
+
+    def optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The state dict of the whole optimizer; what other processes than the main one return is not looked at."""
+        return optimizer.state_dict()
+
+    def load_optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Go on from `optimizer_state`."""
+        optimizer.load_state_dict(state)
+
     # Around the steps.
 
     def metrics(self) -> dict[str, float]:
         """Numbers of its own for the epoch's metrics."""
         return {}
+
+    def summary(self) -> list[str]:
+        """Lines of its own for the run's summary."""
+        return []
 
     def callbacks(self) -> list[Callback]:
         """Callbacks of its own; they come before those that write checkpoints."""
@@ -124,3 +154,6 @@ class Backend:
     def main_first(self) -> AbstractContextManager[Any]:
         """A block that the main process ends before the others begin it."""
         return nullcontext()
+
+    def close(self) -> None:
+        """Part with the other processes: from here on each is on its own."""

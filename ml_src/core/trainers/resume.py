@@ -71,6 +71,7 @@ def require_same_run(
         "data.fold": (before.data.fold, now.data.fold),
         "data.num_classes": (before.data.num_classes, now.data.num_classes),
         "data.ignore_index": (before.data.ignore_index, now.data.ignore_index),
+        "differential privacy": (before.training.trainer_type == "dp", now.training.trainer_type == "dp"),
         "optimizer.type": (before.optimizer.type, now.optimizer.type),
     }
     if contents["epoch_step"]:  # the rest of an epoch is counted in its steps

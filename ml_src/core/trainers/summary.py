@@ -45,6 +45,7 @@ def _text(t: Training, epoch: int, reports: dict[str, dict[str, Any]], found: li
     lines = [f"{t.run_dir}: best epoch {epoch} of {t.progress.epoch}, {t.seconds() / 60:.1f} min"]
     if t.stop:
         lines.append(f"Stopped early: {t.stop}.")
+    lines += t.backend.summary()
     for split, report in reports.items():
         lines += ["", t.task.results(split, report)]
     if found:

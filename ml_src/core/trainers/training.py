@@ -20,6 +20,7 @@ from ml_src.core.optim import Schedule
 from ml_src.core.tasks import Task
 from ml_src.core.trainers.average import WeightAverage
 from ml_src.core.trainers.backend import Backend
+from ml_src.core.trainers.run_dir import command
 
 
 class Losses:
@@ -110,7 +111,7 @@ class Training:
     @property
     def measured(self) -> nn.Module:
         """The network that is validated and kept as best.pt."""
-        return self.network if self.average is None else self.average.network
+        return self.backend.measured(self.network) if self.average is None else self.average.network
 
     @property
     def max_norm(self) -> float | None:
@@ -134,7 +135,8 @@ class Training:
         if not self.backend.any(not losses.are_finite()):
             return
         kept = self.run_dir / "weights" / "last.pt"
-        if is_finite(self.network):  # the forward pass may have left its mark on the running statistics
+        # The forward pass may have left its mark on the running statistics: then the file before is the good one.
+        if not self.backend.any(not is_finite(self.weights())):
             self.save("last.pt")
         state = self.backend.describe()
         raise TrainingError(
@@ -143,13 +145,23 @@ class Training:
             f"gradient_clipping to training.callbacks; {kept} is the state before"
         )
 
+    def weights(self) -> dict[str, Any]:
+        """The weights in training. Called by all processes at the same place."""
+        return self.backend.weights(self.model, self.network)
+
     def save(self, *names: str) -> None:
         """Write the run as it stands into files of its weights folder. Called by all processes at the same place."""
         contents = self.checkpoint()
         if self.backend.is_main:
             self.backend.before_save(self.run_dir)
-            for name in names:
-                save_checkpoint(self.run_dir / "weights" / name, contents, keep_previous=name == "last.pt")
+            try:
+                for name in names:
+                    save_checkpoint(self.run_dir / "weights" / name, contents, keep_previous=name == "last.pt")
+            except OSError as error:
+                raise TrainingError(
+                    f"{error.filename} cannot be written ({error.strerror}): the file before it is whole; make room, "
+                    f"then go on with {command('ml-train --resume', self.run_dir, self.config)}"
+                ) from error
 
     def checkpoint(self) -> dict[str, Any]:
         """Return the run as the contents of a checkpoint."""
@@ -159,10 +171,11 @@ class Training:
             "num_samples": self.progress.num_samples,
             "counts": None if self.progress.counts is None else self.progress.counts.cpu(),
         }
+        weights = self.weights()
         return {
-            "model_state_dict": self.measured.state_dict(),
-            "raw_state_dict": {} if self.average is None else self.network.state_dict(),
-            "optimizer_state_dict": self.optimizer.state_dict(),
+            "model_state_dict": weights if self.average is None else self.average.network.state_dict(),
+            "raw_state_dict": {} if self.average is None else weights,
+            "optimizer_state_dict": self.backend.optimizer_state(self.model, self.optimizer),
             "scheduler_state_dict": self.schedule.state_dict(),
             "backend_state_dict": self.backend.state_dict(),
             "callback_state_dicts": {callback.name: callback.state_dict() for callback in self.callbacks},
@@ -182,12 +195,13 @@ class Training:
 
         Raises: CheckpointError where the checkpoint does not fit the run.
         """
-        load_weights(self.network, contents["raw_state_dict"] or contents["model_state_dict"], path)
+        weights = contents["raw_state_dict"] or contents["model_state_dict"]
+        self.backend.load_weights(self.model, self.network, weights, path)
         if self.average is not None:
             load_weights(self.average.network, contents["model_state_dict"], path)
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
-            self.optimizer.load_state_dict(contents["optimizer_state_dict"])
+            self.backend.load_optimizer_state(self.model, self.optimizer, contents["optimizer_state_dict"])
             for group, values in zip(self.optimizer.param_groups, settings, strict=True):
                 group.update(values)  # what the config says now, not what it said then
             self.schedule.load_state_dict(contents["scheduler_state_dict"])
@@ -215,6 +229,6 @@ class Training:
                 self.progress.counts = counts if self.progress.counts is None else self.progress.counts + counts
 
 
-def is_finite(network: nn.Module) -> bool:
+def is_finite(weights: dict[str, Any]) -> bool:
     """Whether every weight and buffer is a number."""
-    return all(bool(value.isfinite().all()) for value in network.state_dict().values())
+    return all(bool(value.isfinite().all()) for value in weights.values())
