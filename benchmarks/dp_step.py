@@ -26,7 +26,7 @@ from ml_src.core.tasks import task_for
 WITHOUT = "standard, no privacy"
 PRIVATE: dict[str, dict[str, Any]] = {
     "dp, flat": {},
-    "dp, flat, half physical batch": {"training.dp.max_physical_batch_size": "half"},
+    "dp, flat, whole batch at once": {"training.dp.max_physical_batch_size": "batch"},
     "dp, per_layer": {"training.dp.clipping": "per_layer"},
     "dp, flat, secure": {"training.dp.secure": True},
 }
@@ -98,7 +98,7 @@ def main() -> None:
             contenders = {WITHOUT: ours(raw, {}), OPACUS: partial(opacus_epoch, raw, args.batch)}
             for name, changes in PRIVATE.items():
                 dp = {"training.trainer_type": "dp", "training.dp": {"noise_multiplier": 1.0, "accountant": "rdp"}}
-                changes = {key: args.batch // 2 if value == "half" else value for key, value in changes.items()}
+                changes = {key: args.batch if value == "batch" else value for key, value in changes.items()}
                 contenders[name] = ours(raw, dp | changes)
             speeds, memory = take_turns(contenders, args.rounds, args.threads)
             for name, speed in speeds.items():

@@ -184,7 +184,8 @@ class DPConfig(Section):
     group: Literal["none", "patient"] = "none"
     """Whom epsilon protects: an image, or a `patient`: all images of one group of ml-split."""
     max_physical_batch_size: Positive | None = None
-    """Images whose gradients are held at once; training.batch_size when left out. Changes no result, only memory."""
+    """Images whose gradients are held at once, which bounds the memory and changes no result; half of
+    training.batch_size when left out."""
     secure: bool = False
     """Noise from the system's cryptographic generator (slower); a resumed run does not repeat it."""
     public_statistics: bool = False

@@ -220,7 +220,8 @@ class Training:
     def _restore_own(self, processes: list[dict[str, Any]]) -> None:
         """Take what was this process's own; of another number of processes, the first takes all sums."""
         rank, same_number = self.backend.rank, len(processes) == self.backend.num_processes
-        set_random_state(processes[rank % len(processes)]["random_state"])
+        if rank < len(processes):
+            set_random_state(processes[rank]["random_state"])
         for own in processes[rank : rank + 1] if same_number else processes if rank == 0 else []:
             self.progress.loss_sum += own["loss_sum"]
             self.progress.num_samples += own["num_samples"]

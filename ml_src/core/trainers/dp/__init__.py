@@ -57,7 +57,7 @@ class DP(Backend):
             self.config_key = self.noise.key = _number(f"{self.config_key} {num_images} {groups}".encode())
         self.order = PoissonOrder(
             num_images,
-            self.dp.max_physical_batch_size or training.batch_size,
+            self.dp.max_physical_batch_size or -(-training.batch_size // 2),
             training.batch_size * training.gradient_accumulation_steps,
             self.noise.key,
             groups,
