@@ -36,6 +36,7 @@ def _keep(path: Path, name: Path) -> None:
     try:
         os.link(path, link)
         link.replace(name)
+        link.unlink(missing_ok=True)  # where both were one file already, it is not moved
     except OSError:
         path.replace(name)
 

@@ -277,6 +277,9 @@ class ProgressBar(ProgressLines):
 
     def on_step(self, t: Training, num_samples: int) -> None:
         self.num_samples += num_samples
+        if time.monotonic() - self.last_line < 0.2 and t.progress.epoch_step > 1:  # the loss is a wait for the GPU
+            return
+        self.last_line = time.monotonic()
         val = f", val_iou {t.metrics['val_iou']:.4f}" if "val_iou" in t.metrics else ""
         self.bar.update(
             self.line,

@@ -32,6 +32,7 @@ CONTENTS: dict[str, type] = {
     # what a resume needs besides
     "backend_state_dict": dict,
     "callback_state_dicts": dict,
+    "batch_size": int,  # smaller than the configuration's where it did not fit into memory
     "processes": list,  # of each process: random state, and what it has summed up in the unfinished epoch
     "num_threads": int,
     "seconds": float,
@@ -71,7 +72,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     try:
         with warnings.catch_warnings(action="ignore"):  # of torch, about foreign files; the refusal says it all
             contents = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # whatever it is, the file is not opened in any other way
+    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # says nothing about the file
+        raise
+    except Exception as error:  # whatever else it is, the file is not opened in any other way
         raise refusal from error
     if not isinstance(contents, dict) or not isinstance(contents.get("format_version"), int):
         raise refusal

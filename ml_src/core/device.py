@@ -42,11 +42,11 @@ class Peek:
     """A number on its way from the device to the host; reading it waits for it, and not for what was queued later."""
 
     def __init__(self, number: torch.Tensor) -> None:
-        self._number = number.to("cpu", non_blocking=True)
+        self._number = number.to("cpu", non_blocking=number.is_cuda)
         self._arrived = None
         if number.is_cuda:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(number.device))
 
     def value(self) -> float:
         """The number."""

@@ -25,6 +25,7 @@ def contents() -> dict[str, Any]:
         "step": 12,
         "metrics": {"val_iou": 0.5},
         "epoch_step": 2,
+        "batch_size": 4,
         "backend_state_dict": {},
         "callback_state_dicts": {},
         "processes": [{"random_state": random_state()}],

@@ -37,6 +37,9 @@ class Task(Protocol):
     def num_images(self, split: str) -> int:
         """How many images a split has."""
 
+    def fingerprint(self, split: str) -> str:
+        """A text that changes when the files of a split do."""
+
     def groups(self, split: str) -> list[str]:
         """The group of each image of a split, such as its patient.
 

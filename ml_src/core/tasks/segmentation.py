@@ -86,6 +86,7 @@ class Segmentation:
             )
         self.config = config
         self._pairs: dict[str, list[Pair]] = {}
+        self._statistics: dict[torch.device, list[Tensor]] = {}
         self.data_dir = Path(config.data.data_dir)
         self.class_names = config.class_names
         self.ignore_index = config.ignore_index
@@ -102,6 +103,11 @@ class Segmentation:
     def num_images(self, split: str) -> int:
         """Return how many images a split has."""
         return len(self.pairs(split))
+
+    def fingerprint(self, split: str) -> str:
+        """Return a text that changes when an image or mask of the split does: names, sizes, times of change."""
+        files = [(path, path.stat()) for pair in self.pairs(split) for path in (pair.image, pair.mask)]
+        return " ".join(f"{path.name} {found.st_size} {found.st_mtime_ns}" for path, found in files)
 
     def groups(self, split: str) -> list[str]:
         """Return the group of each image of a split, as ml-split kept them together.
@@ -165,9 +171,10 @@ class Segmentation:
         return self._normalize(batch.images, device), masks.masked_fill_(masks == self.ignore_index, DEVICE_IGNORE)
 
     def _normalize(self, images: Tensor, device: torch.device) -> Tensor:
-        transforms = self.val_transforms
-        mean = torch.tensor(transforms.mean, device=device).view(1, -1, 1, 1) * 255
-        std = torch.tensor(transforms.std, device=device).view(1, -1, 1, 1) * 255
+        if device not in self._statistics:  # once: each is a wait for the GPU
+            both = (self.val_transforms.mean, self.val_transforms.std)
+            self._statistics[device] = [torch.tensor(one, device=device).view(1, -1, 1, 1) * 255 for one in both]
+        mean, std = self._statistics[device]
         return (images.to(device, non_blocking=True).float() - mean) / std
 
     def metric(self) -> SegmentationMetric:

@@ -72,8 +72,9 @@ def train(config: Config, resume: Path | None = None, overwrite: bool = False) -
         if backend.is_main:
             for folder in (run_dir, run_dir / "weights"):
                 remove_leftovers(folder)
-            if resume is not None and resume.name == PREVIOUS:  # or the next save would keep the damaged one
-                resume.with_name("last.pt").unlink(missing_ok=True)
+            last = run_dir / "weights" / "last.pt"
+            if resume is not None and resume.name == PREVIOUS and last.exists():
+                last.replace(last.with_name("last.aside.pt"))  # or the next save would keep it as the previous one
             write_text(run_dir / "config.yaml", to_yaml(config))
         num_parameters = sum(p.numel() for p in training.measured.parameters())
         log.info("%s, %d parameters, on %s", run_dir, num_parameters, backend.device)
@@ -145,7 +146,7 @@ def build_training(config: Config, task: Task, backend: Backend, run_dir: Path) 
 
 def restore(training: Training, path: Path) -> None:
     """Go on from a checkpoint file."""
-    contents = load_checkpoint(path, training.device)
+    contents = load_checkpoint(path)  # each part moves what it needs; Adam's counts of steps stay on the host
     require_same_run(
         parse_config(contents["config"], source=str(path)),
         training.config,

@@ -23,6 +23,8 @@ class Backend:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.device = choose_device(config.training.device)
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # whose streams and pinned memory torch uses unasked
         allow_tf32(config.training.tf32)
 
     # What a step takes.

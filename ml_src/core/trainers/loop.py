@@ -3,6 +3,8 @@
 `training.py` says what a Training holds, `backend.py` how a step runs, `callbacks.py` what happens around it.
 """
 
+from contextlib import ExitStack
+
 import torch
 
 from ml_src.core.tasks import Metric
@@ -12,11 +14,10 @@ from ml_src.core.trainers.training import Losses, Progress, Training
 
 def fit(t: Training) -> None:
     """Train until the last epoch, or until a callback or Ctrl-C stops it; goes on from `t.progress`."""
-    started = []
-    try:
+    with ExitStack() as stack:
         for callback in t.callbacks:
             callback.on_start(t)
-            started.append(callback)
+            stack.callback(callback.on_end, t)  # the last one first, each one whatever the others raise
         while t.progress.epoch < t.num_epochs and not t.stop:
             try:
                 train = train_epoch(t)
@@ -32,9 +33,6 @@ def fit(t: Training) -> None:
             t.progress = Progress(epoch=t.progress.epoch + 1, step=t.progress.step)
             for callback in t.callbacks:
                 callback.on_epoch_end(t)
-    finally:
-        for callback in started:
-            callback.on_end(t)
 
 
 def train_epoch(t: Training) -> dict[str, float]:
@@ -53,12 +51,14 @@ def train_epoch(t: Training) -> dict[str, float]:
                     logits = t.model(images)
                 loss = t.criterion(logits.float(), targets) if len(batch) else logits.sum()  # of nothing: 0
                 losses.add(loss, len(batch))
+                metric.update(logits.detach(), targets)  # before the backward pass, for which it would wait on a GPU
                 t.backend.backward(loss, len(batch), step.num_samples)
-            metric.update(logits.detach(), targets)
         t.require_finite(losses)
+        t.stepping = True
         t.backend.step(t.model, t.optimizer, t.max_norm)
         t.schedule.step()
         t.progress.count_step(losses, metric.counts)
+        t.stepping = False
         if t.average is not None:
             t.average.update(t.network, t.progress.step)
         for callback in t.callbacks:

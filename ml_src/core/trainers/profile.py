@@ -29,8 +29,8 @@ class Profile(Callback):
     def on_start(self, t: Training) -> None:
         self.num_steps, self.seconds = 0, 0.0
         self.profiler: profile | None = None
-        # A bound method found on the instance comes before that of its class; to delete it undoes it.
-        self.labelled: list[tuple[Any, str]] = []
+        # A function found on the instance comes before that of its class.
+        self.labelled: list[tuple[Any, str, Any]] = []
         self._label(t.task, "prepare", "copy")
         self._label(t.model, "forward", "forward")
         self._label(t.criterion, "forward", "loss")
@@ -51,8 +51,13 @@ class Profile(Callback):
 
     def on_end(self, t: Training) -> None:
         self._write(t)
-        for owner, name in self.labelled:
-            vars(owner).pop(name, None)
+        if self.num_steps <= WARM_UP:
+            log.info("profile: fewer than %d steps, nothing was measured", WARM_UP + 1)
+        for owner, name, before in reversed(self.labelled):
+            if before is None:
+                vars(owner).pop(name, None)
+            else:
+                vars(owner)[name] = before
 
     def _write(self, t: Training) -> None:
         if self.profiler is None:
@@ -98,8 +103,8 @@ class Profile(Callback):
         self._replace(owner, name, labelled)
 
     def _replace(self, owner: Any, name: str, value: Callable[..., Any]) -> None:
+        self.labelled.append((owner, name, vars(owner).get(name)))
         vars(owner)[name] = value
-        self.labelled.append((owner, name))
 
     def _waited_for(self, steps: Callable[..., Iterator[Step]]) -> Callable[..., Iterator[Step]]:
         def timed_steps(*args: Any) -> Iterator[Step]:

@@ -90,6 +90,7 @@ class Training:
     stop: str = ""  # why to stop; in the middle of an epoch it is validated and counted all the same
     signalled: bool = False  # this process has been asked to stop
     interrupted: bool = False  # all processes stop after this step
+    stepping: bool = False  # the weights are changing: what fails now cannot be tried again
     started: float = field(default_factory=time.monotonic)
     seconds_before: float = 0.0  # spent by the processes that this one goes on from
 
@@ -122,6 +123,11 @@ class Training:
         """How long the run has taken, over all its resumes."""
         return self.seconds_before + time.monotonic() - self.started
 
+    def shrink_batches(self, size: int) -> None:
+        """Let no batch have more than `size` images; the steps keep theirs."""
+        for loader in (self.train_loader, self.val_loader):
+            loader.order.batch_size = min(size, loader.order.batch_size)
+
     def heed_signals(self) -> None:
         """Agree with the other processes on whether to stop here."""
         if self.backend.any(self.signalled):
@@ -153,8 +159,8 @@ class Training:
         """Write the run as it stands into files of its weights folder. Called by all processes at the same place."""
         contents = self.checkpoint()
         if self.backend.is_main:
-            self.backend.before_save(self.run_dir)
             try:
+                self.backend.before_save(self.run_dir)
                 for name in names:
                     save_checkpoint(self.run_dir / "weights" / name, contents, keep_previous=name == "last.pt")
             except OSError as error:
@@ -184,6 +190,7 @@ class Training:
             "epoch": self.progress.epoch,
             "step": self.progress.step,
             "epoch_step": self.progress.epoch_step,
+            "batch_size": self.train_loader.order.batch_size,
             "metrics": dict(self.metrics),
             "processes": self.backend.gather(own),
             "num_threads": torch.get_num_threads(),
@@ -209,6 +216,8 @@ class Training:
             for callback in self.callbacks:
                 callback.load_state_dict(contents["callback_state_dicts"].get(callback.name, {}))
             self.progress = Progress(contents["epoch"], contents["step"], contents["epoch_step"])
+            if self.config.training.auto_batch:  # what did not fit then does not fit now
+                self.shrink_batches(contents["batch_size"])
             self._restore_own(contents["processes"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(

@@ -54,7 +54,8 @@ class DP(Backend):
         groups = task.groups("train") if self.dp.group == "patient" else None
         num_images = task.num_images("train")
         if self.config_key is not None:  # noise that comes again without an image would show that image
-            self.config_key = self.noise.key = _number(f"{self.config_key} {num_images} {groups}".encode())
+            images = f"{self.config_key} {groups} {task.fingerprint('train')}"
+            self.config_key = self.noise.key = _number(images.encode())
         self.order = PoissonOrder(
             num_images,
             self.dp.max_physical_batch_size or -(-training.batch_size // 2),
@@ -128,11 +129,20 @@ class DP(Backend):
 
     def _charge(self) -> None:
         if self.noise.repeats:  # the same images, weights and noise give what was given before
-            key = hashlib.sha256(str(self.noise.key).encode()).hexdigest()
-            if self.optimizer.num_steps < self.replays.get(key, 0):
+            if self.num_free_steps():
                 return
-            self.replays[key] = self.optimizer.num_steps + 1
+            self.replays[self._public_key()] = self.optimizer.num_steps + 1
         self.ledger.charge(self.optimizer.noise_multiplier, self.order.sample_rate, 1, self.dp.max_grad_norm)
+
+    def num_free_steps(self) -> int:
+        """How many of the next steps repeat what is paid."""
+        if not self.noise.repeats:
+            return 0
+        return max(self.replays.get(self._public_key(), 0) - int(self.optimizer.num_steps), 0)
+
+    def _public_key(self) -> str:
+        """A name for the key of the noise that does not tell it."""
+        return hashlib.sha256(str(self.noise.key).encode()).hexdigest()
 
     def epsilon(self) -> float:
         """What has been spent so far."""
@@ -221,12 +231,13 @@ class Budget(Callback):
             }
         # an epoch that a budget cut short counts as one
         wanted = max(steps_per_epoch * (t.num_epochs - t.progress.epoch) - t.progress.epoch_step, 0)
-        future = backend.plan_steps(wanted, backend.optimizer.noise_multiplier)
-        self.last_step = t.progress.step + future.num_steps
-        self.is_short = future.num_steps < wanted
+        free = min(backend.num_free_steps(), wanted)
+        future = backend.plan_steps(wanted - free, backend.optimizer.noise_multiplier)
+        self.last_step = t.progress.step + free + future.num_steps
+        self.is_short = future.num_steps < wanted - free
         if backend.converted:
             log.info("Group normalisation in the place of batch normalisation: %s", ", ".join(backend.converted))
-        log.info(future.sentence(steps_per_epoch, t.progress.step))
+        log.info(future.sentence(steps_per_epoch, t.progress.step + free))
         if backend.dp.secure:
             log.info("training.dp.secure: the noise is the system's, so that a resumed run does not repeat itself")
         for sentence in not_covered(t.config):
