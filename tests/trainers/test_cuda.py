@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show: gradient scaling, skipped steps, compiled networks, numbers on their way to the host."""
+"""What only a CUDA GPU can show: gradient scaling, skipped steps, compiled networks, numbers on their way."""
 
 from pathlib import Path
 from typing import Any
