@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ml_src.core.callbacks import Callback
 from ml_src.core.checkpoint import load_checkpoint
+from ml_src.core.config import Config, Every
 from ml_src.core.config_file import parse_config
 from ml_src.core.errors import ConfigError, TrainingError
 from ml_src.core.inference.predictor import measure_split
@@ -226,16 +227,37 @@ def test_an_error_that_is_not_about_memory_is_passed_on(small_config: dict[str, 
         run(small_config, **{"training.auto_batch": True})
 
 
-@pytest.mark.parametrize(("every", "steps"), [("2steps", [0, 2, 3, 4, 6, 6]), ("1s", [0, 3, 6])])
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [
+        (Every(steps=2), [0, 2, 3, 4, 6, 6]),
+        (Every(seconds=0.0), [0, 1, 2, 3, 3, 4, 5, 6, 6]),
+        (Every(seconds=3600.0), [0, 3, 6]),
+    ],
+)
 def test_checkpoints_are_written_within_an_epoch(
-    small_config: dict[str, Any], every: str, steps: list[int], monkeypatch: pytest.MonkeyPatch
+    small_config: dict[str, Any], every: Every, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An epoch has 3 steps; one of 10 ms is over long before a second has passed."""
+    """Of 3 steps, twice; at the start and after each epoch whatever is asked for."""
     seen = []
     save = Training.save
     monkeypatch.setattr(Training, "save", lambda t, *names: (seen.append(t.progress.step), save(t, *names)))
-    run(small_config, **{"training.checkpoint_every": every})
+    monkeypatch.setattr(Config, "checkpoint_every", every)
+    run(small_config)
     assert seen == steps
+
+
+@pytest.mark.parametrize(
+    ("word", "every"),
+    [
+        ("90s", Every(seconds=90)),
+        ("10m", Every(seconds=600)),
+        ("2h", Every(seconds=7200)),
+        ("500steps", Every(steps=500)),
+    ],
+)
+def test_an_interval_is_a_time_or_a_number_of_steps(small_config: dict[str, Any], word: str, every: Every) -> None:
+    assert parse_config(small_config, {"training.checkpoint_every": word}).checkpoint_every == every
 
 
 @pytest.mark.parametrize("word", ["10", "0steps", "1.5h", "often"])
