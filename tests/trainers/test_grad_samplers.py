@@ -68,7 +68,7 @@ def one_by_one(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return dict(zip(parameters, map(torch.stack, zip(*rows, strict=True)), strict=True))
 
 
-def sampler_agrees(layer: nn.Module, images: Tensor, tolerance: float) -> None:
+def assert_sampler_agrees(layer: nn.Module, images: Tensor, tolerance: float) -> None:
     """Compare one layer's sampler with autograd, for backprops that are random."""
     layer = layer.to(images.dtype)
     outputs = layer(images)
@@ -109,7 +109,7 @@ def test_convolutions_of_every_kind_agree_with_autograd(
     torch.manual_seed(0)
     layer = nn.Conv2d(2 * groups, width * groups, kernel, stride, padding, dilation, groups, bias, mode)
     images = torch.randn(3, 2 * groups, *size, dtype=dtype).to(memory_format=memory_format)
-    sampler_agrees(layer, images, TOLERANCE[dtype])
+    assert_sampler_agrees(layer, images, TOLERANCE[dtype])
 
 
 @given(
@@ -140,7 +140,7 @@ def test_transposed_convolutions_of_every_kind_agree_with_autograd(
         width * groups, 2 * groups, kernel, stride, padding, extra, groups, bias, dilation=dilation
     )
     images = torch.randn(3, width * groups, *size, dtype=dtype).to(memory_format=memory_format)
-    sampler_agrees(layer, images, TOLERANCE[dtype])
+    assert_sampler_agrees(layer, images, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -148,7 +148,7 @@ def test_transposed_convolutions_of_every_kind_agree_with_autograd(
 def test_group_norm_agrees_with_autograd(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     torch.manual_seed(0)
     images = torch.randn(3, 6, 7, 5, dtype=dtype).to(memory_format=memory_format)
-    sampler_agrees(nn.GroupNorm(3, 6), images, TOLERANCE[dtype])
+    assert_sampler_agrees(nn.GroupNorm(3, 6), images, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
@@ -193,7 +193,7 @@ def test_an_empty_batch_gives_zero_size_gradients(build, wrap) -> None:
 def test_a_parameter_that_is_not_trained_has_no_gradients(layer: nn.Module, frozen: str) -> None:
     layer = copy.deepcopy(layer)
     getattr(layer, frozen).requires_grad_(False)
-    sampler_agrees(layer, torch.randn(2, 2, 6, 6), 1e-5)
+    assert_sampler_agrees(layer, torch.randn(2, 2, 6, 6), 1e-5)
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)

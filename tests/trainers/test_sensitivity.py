@@ -145,18 +145,27 @@ def test_a_loss_that_couples_images_is_refused_with_the_reason_and_the_alternati
         require_uncoupled(COUPLED[name](), name, 3)
 
 
+def refusal(criterion: nn.Module, name: str, num_classes: int) -> str:
+    """The sentence with which a loss is refused, "" where it is accepted."""
+    try:
+        require_uncoupled(criterion, name, num_classes)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("weights", [None, UNEVEN, [0.0, 1.0, 1.0]])
 def test_every_loss_of_ours_is_accepted(name: str, weights: list[float] | None) -> None:
     assert set(BUILT_IN) == set(LOSS_REGISTRY)
-    require_uncoupled(built(name, weights), name, 3)
+    assert refusal(built(name, weights), name, 3) == ""
 
 
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (1.0, 0.0), (0.7, 0.5), (1.0, 5.0)])
 @pytest.mark.parametrize("num_classes", [2, 3, 20])
 def test_focal_parameters_and_numbers_of_classes_are_accepted(alpha: float, gamma: float, num_classes: int) -> None:
     criterion = built("focal_loss", None, focal={"alpha": alpha, "gamma": gamma})
-    require_uncoupled(criterion, "focal_loss", num_classes)
+    assert refusal(criterion, "focal_loss", num_classes) == ""
 
 
 class PerImage(nn.Module):
@@ -176,7 +185,7 @@ class NoIgnore(nn.Module):
 
 @pytest.mark.parametrize("criterion", [PerImage(), NoIgnore()])
 def test_an_uncoupled_loss_from_elsewhere_is_accepted(criterion: nn.Module) -> None:
-    require_uncoupled(criterion, "mine", 3)
+    assert refusal(criterion, "mine", 3) == ""
 
 
 def test_a_coupled_loss_of_a_plugin_stops_before_a_run_folder_is_made(raw: dict[str, Any]) -> None:
