@@ -6,9 +6,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from ml_src.cli import split
+from ml_src.core.data.sample import write_sample
 
 
 class Memory(NamedTuple):
@@ -67,14 +71,21 @@ def _memory(on_gpu: bool) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def sample_data(data: Path, num_train: int, size: int) -> Path:
+    """Write a generated data set, so many training images in fold 0, and return its folder."""
+    num_images = 2 * num_train + 2
+    write_sample(data, num_images=num_images, height=size, width=size)
+    paths = ["--raw_data", str(data / "images"), "--mask_data", str(data / "masks")]
+    split.main([*paths, "--folds", "2", "--test_split", str(2 / num_images)])
+    return data
+
+
 def ours(raw: dict[str, Any], overrides: dict[str, Any]) -> Callable[[], Epoch]:
     """A contender that runs epochs of our loop, with progress but without validation and checkpoints."""
     return partial(_our_epoch, raw, overrides)
 
 
 def _our_epoch(raw: dict[str, Any], overrides: dict[str, Any]) -> Epoch:
-    from pathlib import Path
-
     from ml_src.core.callbacks import ProgressLines
     from ml_src.core.config_file import parse_config
     from ml_src.core.device import keep_freed_memory

@@ -15,12 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from _report import report
-from _turns import Epoch, ours, take_turns
+from _turns import Epoch, ours, sample_data, take_turns
 from PIL import Image
 
-from ml_src.cli import split
 from ml_src.core.config_file import parse_config
-from ml_src.core.data.sample import write_sample
 from ml_src.core.losses import build_loss
 from ml_src.core.network.custom import SimpleUNet
 
@@ -111,11 +109,7 @@ def main() -> None:
     rows = []
     for base_channels in args.channels:
         with tempfile.TemporaryDirectory() as folder:
-            data = Path(folder) / "data"
-            num_images = args.steps * args.batch * 2 + 2
-            write_sample(data, num_images=num_images, height=args.size, width=args.size)
-            paths = ["--raw_data", str(data / "images"), "--mask_data", str(data / "masks")]
-            split.main([*paths, "--folds", "2", "--test_split", str(2 / num_images)])
+            data = sample_data(Path(folder) / "data", args.steps * args.batch, args.size)
             raw = raw_config(data, base_channels, args)
             contenders = {PLAIN: partial(plain_epoch, data, base_channels, args)}
             contenders |= {name: ours(raw, overrides) for name, overrides in trainers.items()}
