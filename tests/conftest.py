@@ -1,6 +1,7 @@
 """What the tests share: a small generated data set with splits, and a configuration that trains on it in seconds."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,20 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def registries_as_they_were() -> Iterator[None]:
+    """What a test's plugin registers is not there for the next one."""
+    from ml_src.core.losses.segmentation import LOSS_REGISTRY
+    from ml_src.core.network import MODEL_REGISTRY
+
+    registries: list[dict[str, Any]] = [LOSS_REGISTRY, MODEL_REGISTRY]
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
 
 
 @pytest.fixture(scope="session")
