@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING
 from ml_src.cli._app import Parser, run
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from ml_src.core.data.checks import MaskFacts
-    from ml_src.core.data.files import Pair
     from ml_src.core.data.split_report import Row
-
-# From so many masks on, reading them takes long enough for a progress bar.
-MANY = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +58,7 @@ def _split(argv: Sequence[str]) -> int:
     from ml_src.core.data import checks, split_report, splits
     from ml_src.core.data.files import find_pairs, read_class_names
     from ml_src.core.errors import ConfigError
+    from ml_src.core.progress import progress_bar
     from ml_src.core.registry import suggest
 
     if args.task != "segmentation":
@@ -89,7 +83,8 @@ def _split(argv: Sequence[str]) -> int:
         draft = Path(scratch) / cache.name
         with suppress(OSError):
             shutil.copyfile(cache, draft)
-        facts = _scan(pairs, draft)
+        with progress_bar("reading masks", len(pairs)) as advance:
+            facts = checks.scan(pairs, draft, advance)
         checks.check_files(pairs, facts)
         classes, unlabelled = split_report.class_values(facts, names)
         counts = [{value: fact.counts[value] for value in classes if value in fact.counts} for fact in facts]
@@ -111,19 +106,6 @@ def _split(argv: Sequence[str]) -> int:
     where = f" --splits_dir {shlex.quote(str(splits_dir))}" if args.output else ""
     print(f"next: ml-init-config {shlex.quote(str(data_dir))} --task segmentation{where}")
     return 0
-
-
-def _scan(pairs: "Sequence[Pair]", cache_path: "Path") -> "list[MaskFacts]":
-    """Read the masks; with a progress bar on stderr where someone may be watching for long."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from ml_src.core.data.checks import scan
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal or len(pairs) < MANY) as bar:
-        task = bar.add_task("reading masks", total=len(pairs))
-        return scan(pairs, cache_path, lambda done: bar.update(task, completed=done))
 
 
 def _print_table(rows: "list[Row]", labels: list[str], unlabelled: int | None, with_groups: bool) -> None:

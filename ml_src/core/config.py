@@ -53,6 +53,9 @@ class DataConfig(Section):
     """Where the index files of ml-split lie; `splits` inside data_dir when left out."""
     fold: Annotated[int, Field(ge=0)] = 0
     """Which fold of the cross-validation is held out for validation."""
+    samples_per_image: Positive = 1
+    """How often an epoch takes each training image, each time with another crop and augmentation; more than 1 pays
+    where the images are large scenes and random_crop takes a small part of them."""
 
 
 class ModelConfig(Section):
@@ -63,7 +66,7 @@ class ModelConfig(Section):
     custom_architecture: str = "simple_unet"
     """A word of MODEL_REGISTRY; plugins can add to it."""
     in_channels: Annotated[int, Field(ge=1)] = 3
-    """Channels of the input image: 3 reads images as RGB, 1 as grayscale."""
+    """Channels of the input image: 3 reads images as RGB, 1 as gray; any other number is that of the files' bands."""
     num_classes: Annotated[int, Field(ge=2)] | None = None
     """Channels of the output; must agree with data.num_classes, which is used when this is left out."""
     norm: Literal["batch", "group"] = "batch"
@@ -443,6 +446,8 @@ class Config(Section):
             if self.loss.class_weights == "balanced":
                 problems.append("loss.class_weights: balanced counts the private masks: give weights known beforehand")
             problems += self._undeclared_statistics()
+            if self.data.samples_per_image > 1:
+                problems.append("data.samples_per_image must be 1 with trainer_type dp: it would spend privacy unseen")
         if training.num_processes is not None and trainer != "accelerate":
             problems.append(f"training.num_processes is for trainer_type accelerate, not {trainer}")
         if training.auto_batch and trainer in ("accelerate", "dp"):
@@ -471,8 +476,10 @@ class Config(Section):
                     problems += [
                         f"transforms.{split}: normalize.{key} has {len(values)} values but in_channels is {channels}"
                         for key, values in (("mean", spec.mean), ("std", spec.std))
-                        if len(values) not in (1, channels)
+                        if values != "data" and len(values) not in (1, channels)
                     ]
+                    if (spec.mean == "data") != (spec.std == "data"):
+                        problems.append(f"transforms.{split}: give normalize both mean and std, or neither")
                 if isinstance(spec, ColorJitter) and (spec.saturation or spec.hue) and channels != 3:
                     problems.append(
                         f"transforms.{split}: saturation and hue need colour, but in_channels is {channels}"
@@ -549,8 +556,26 @@ class Config(Section):
         """`transforms.train`, or the normalisation alone."""
         if self.transforms.train is not None:
             return self.transforms.train
+        if self.model.in_channels not in (1, 3):
+            return [Normalize(type="normalize")]
         mean, std = PUBLIC_STATISTICS[0 if self.model.in_channels == 3 else 1]
         return [Normalize(type="normalize", mean=mean, std=std)]
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether a `normalize` leaves mean and std to the training images."""
+        return any(isinstance(spec, Normalize) and spec.mean == "data" for spec in self.train_transforms)
+
+    def with_statistics(self, mean: list[float], std: list[float]) -> "Config":
+        """Return this configuration with numbers in the place of normalize's `data`."""
+        lists = {
+            name: [
+                Normalize(type="normalize", mean=mean, std=std) if isinstance(spec, Normalize) else spec
+                for spec in specs
+            ]
+            for name, specs in (("train", self.train_transforms), ("val", self.val_transforms))
+        }
+        return self.model_copy(update={"transforms": self.transforms.model_copy(update=lists)})
 
     @property
     def val_transforms(self) -> list[ValTransform]:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]
+Pixels = NDArray[Any]  # (H, W, C), uint8, uint16, int16 or float32
 
 # Paul Tol's "bright" scheme behind a black class 0: told apart also by readers who do not see all colours.
 _BRIGHT = ((0, 0, 0), (238, 102, 119), (34, 136, 51), (68, 119, 170), (204, 187, 68), (102, 204, 238), (170, 51, 119))
@@ -33,12 +34,12 @@ def colorize(labels: NDArray[Any], ignore_index: int | None = None) -> Image:
     return np.asarray(picture, np.uint8)
 
 
-def overlay(image: Image, labels: NDArray[Any]) -> Image:
-    """Draw labels (H, W) over an image (H, W, 1 or 3): a tint inside each region and a line at its border.
+def overlay(image: Pixels, labels: NDArray[Any]) -> Image:
+    """Draw labels (H, W) over an image (H, W, C): a tint inside each region and a line at its border.
 
     Class 0 is left as it is.
     """
-    picture = as_rgb(image).copy()
+    picture = np.array(as_rgb(image))
     colors = palette(max(256, int(labels.max(initial=0)) + 1))[labels]
     inside = labels > 0
     tinted = cv2.addWeighted(picture, 1 - TINT, np.asarray(colors, np.uint8), TINT, 0)
@@ -49,7 +50,7 @@ def overlay(image: Image, labels: NDArray[Any]) -> Image:
     return picture
 
 
-def side_by_side(image: Image, *label_maps: NDArray[Any], ignore_index: int | None = None) -> Image:
+def side_by_side(image: Pixels, *label_maps: NDArray[Any], ignore_index: int | None = None) -> Image:
     """Return the image and its label maps in one row, with a white line between."""
     line = np.full((image.shape[0], 4, 3), 255, np.uint8)
     parts = [as_rgb(image)]
@@ -58,6 +59,21 @@ def side_by_side(image: Image, *label_maps: NDArray[Any], ignore_index: int | No
     return np.concatenate(parts, axis=1)
 
 
-def as_rgb(image: Image) -> Image:
-    """Return (H, W, 3): gray is repeated; of more than three channels the first three are shown."""
-    return np.repeat(image, 3, axis=2) if image.shape[2] < 3 else image[:, :, :3]
+def as_rgb(image: Pixels) -> Image:
+    """Return (H, W, 3) uint8 of an image (H, W, C) of any number type: gray is repeated, more channels are chosen from.
+
+    Up to four channels: the first three. More: three at even distances, the last one as red, as the shortest waves come
+    first in most files. What is not uint8 is stretched: black and white are where the darkest and the brightest 2 % of
+    each channel begin.
+    """
+    channels = image.shape[2]
+    if channels > 4:
+        image = image[:, :, [channels - 1 - channels // 6, channels // 2, channels // 6]]
+    picture = np.repeat(image[:, :, :1], 3, axis=2) if channels < 3 else image[:, :, :3]
+    return picture if picture.dtype == np.uint8 else _stretched(picture)
+
+
+def _stretched(picture: Pixels) -> Image:
+    low, high = np.percentile(picture, (2, 98), axis=(0, 1))
+    levels = (picture - low) / np.maximum(high - low, 1e-12) * 255
+    return np.asarray(np.clip(np.nan_to_num(levels), 0, 255), np.uint8)

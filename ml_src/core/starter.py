@@ -13,7 +13,8 @@ import yaml
 from ml_src.core.config import Config
 from ml_src.core.config_file import parse_config
 from ml_src.core.data import checks, splits
-from ml_src.core.data.files import Pair, find_pairs, image_info, read_class_names, read_image
+from ml_src.core.data.files import Pair, find_pairs, image_info, read_class_names
+from ml_src.core.data.statistics import channel_moments, normalisation
 from ml_src.core.errors import DataError
 
 MAX_SIDE = 512
@@ -29,8 +30,9 @@ class Description:
     num_training: int  # about, in a fold
     sizes: list[tuple[int, int]]  # height, width of each image
     channels: int
-    mean: list[float]  # per channel, 0..1
-    std: list[float]
+    mean: list[float] | str  # per channel, 0..1; "data": to be computed when training starts
+    std: list[float] | str
+    geo: bool  # all are GeoTIFFs, whose pixels have a size on the ground
     class_names: list[str]
     named: bool  # the names come from classes.txt
     shares: list[float]  # of the labelled pixels, per class
@@ -50,6 +52,8 @@ def describe(data_dir: Path, splits_dir: Path | None = None) -> Description:
     facts = checks.scan(pairs, splits.cache_path(splits_dir) if splits_dir.is_dir() else None)
     checks.check_files(pairs, facts)
     infos = [image_info(pair.image) for pair in pairs]
+    channels = max(info.channels for info in infos)
+    checks.check_images(pairs, facts, channels)
     names = read_class_names(data_dir)
     values = set().union(*(fact.counts for fact in facts))
     ignore_index = checks.unlabelled_value(values, names)
@@ -66,8 +70,10 @@ def describe(data_dir: Path, splits_dir: Path | None = None) -> Description:
     if not any(counts):
         raise DataError(f"the masks in {data_dir / 'masks'} have no labelled pixel, only {ignore_index}")
     pixels = sum(sum(fact.counts.values()) for fact in facts)
-    channels = 3 if any(info.channels == 3 for info in infos) else 1
-    mean, std = channel_statistics(pairs, channels)
+    mean: list[float] | str = "data"
+    std: list[float] | str = "data"
+    if channels in (1, 3) and infos[0].dtype == "uint8":
+        mean, std = sampled_statistics(pairs, channels)
     folds = len(list(splits_dir.glob("fold_*_train_images.txt")))
     return Description(
         data_dir=data_dir,
@@ -77,6 +83,7 @@ def describe(data_dir: Path, splits_dir: Path | None = None) -> Description:
         channels=channels,
         mean=mean,
         std=std,
+        geo=all(info.geo for info in infos),
         class_names=names or ["background", *(f"class_{index}" for index in range(1, num_classes))],
         named=bool(names),
         shares=[count / max(sum(counts), 1) for count in counts],
@@ -87,19 +94,11 @@ def describe(data_dir: Path, splits_dir: Path | None = None) -> Description:
     )
 
 
-def channel_statistics(pairs: Sequence[Pair], channels: int) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation per channel, in units of the full range, over at most 200 images."""
+def sampled_statistics(pairs: Sequence[Pair], channels: int) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation per channel, as shares of the full range, over at most 200 images."""
     chosen = np.unique(np.linspace(0, len(pairs) - 1, STATISTICS_IMAGES).astype(int))
-    histogram = np.zeros((channels, 256), np.int64)  # exact, and as small for a thousand images as for one
-    for index in chosen:
-        image = read_image(pairs[index].image, channels)
-        for channel in range(channels):
-            histogram[channel] += np.bincount(image[..., channel].ravel(), minlength=256)
-    levels = np.arange(256) / 255
-    share = histogram / histogram.sum(axis=1, keepdims=True)
-    mean = share @ levels
-    std = np.sqrt(np.maximum(share @ levels**2 - mean**2, 0))
-    return [round(float(m), 4) for m in mean], [round(max(float(s), 0.001), 4) for s in std]
+    mean, std = normalisation(*channel_moments([pairs[index].image for index in chosen], channels))
+    return [round(value, 4) for value in mean], [max(round(value, 4), 0.001) for value in std]
 
 
 def choose(data: Description, overrides: Mapping[str, Any]) -> tuple[Config, dict[str, str]]:
@@ -107,7 +106,14 @@ def choose(data: Description, overrides: Mapping[str, Any]) -> tuple[Config, dic
     gpu = shutil.which("nvidia-smi") is not None
     height, width = training_size(data.sizes)
     same = len(set(data.sizes)) == 1
-    batch = int(np.clip(data.num_training // 10, 2, 8))
+    side = scene_crop(data, gpu)
+    fit: dict[str, Any] = {"type": "resize", "size": [height, width]}
+    num_samples = 1
+    if side is not None:  # the ground's resolution stays as it is: a house of ten pixels is one everywhere
+        fit = {"type": "random_crop", "size": [side, side]}
+        num_samples = max(1, round(median(h * w for h, w in data.sizes) / side**2))
+    batch = int(np.clip(data.num_training * num_samples // 10, 2, 8))
+    normalize = {"type": "normalize", "mean": data.mean, "std": data.std}
     rarest = min(share for share in data.shares if share > 0)
     raw: dict[str, Any] = {
         "data": {
@@ -140,19 +146,18 @@ def choose(data: Description, overrides: Mapping[str, Any]) -> tuple[Config, dic
         "scheduler": {"type": "cosine"},
         "transforms": {
             "train": [
-                {"type": "resize", "size": [height, width]},
+                fit,
                 {"type": "random_horizontal_flip", "p": 0.5},
                 {"type": "random_vertical_flip", "p": 0.5},
                 {"type": "random_rotation", "degrees": 15},
                 {"type": "random_brightness_contrast", "brightness": 0.2, "contrast": 0.2},
-                {"type": "normalize", "mean": data.mean, "std": data.std},
+                normalize,
             ],
-            "val": [
-                {"type": "resize", "size": [height, width]},
-                {"type": "normalize", "mean": data.mean, "std": data.std},
-            ],
+            "val": [fit, normalize] if side is None else [normalize],
         },
     }
+    if num_samples > 1:
+        raw["data"]["samples_per_image"] = num_samples
     if data.ignore_index is not None:
         raw["data"]["ignore_index"] = data.ignore_index
     if data.splits_dir != data.data_dir / "splits":
@@ -164,7 +169,10 @@ def choose(data: Description, overrides: Mapping[str, Any]) -> tuple[Config, dic
         "data.class_names": "from classes.txt" if data.named else "write your own, or put them into classes.txt",
         "data.ignore_index": f"{data.ignored:.1%} of the mask pixels: {by_name or 'taken as unlabelled'}",
         "data.fold": f"one of {data.folds}; ml-train --fold K trains another" if data.folds else "run ml-split first",
-        "model.in_channels": "the images are in colour" if data.channels == 3 else "the images are gray",
+        "data.samples_per_image": "so many crops cover an image about once an epoch",
+        "model.in_channels": {1: "the images are gray", 3: "the images are in colour"}.get(
+            data.channels, "the bands of the images"
+        ),
         "model.base_channels": "the full width: there is a GPU"
         if gpu
         else "a quarter of the full width (64), which trains about ten times as fast: there is no GPU here",
@@ -175,10 +183,19 @@ def choose(data: Description, overrides: Mapping[str, Any]) -> tuple[Config, dic
         "transforms.train.resize": f"all images have this size, {smallest[0]}x{smallest[1]}"
         if same and smallest == (height, width)
         else f"images are {smallest[0]}x{smallest[1]} to {largest[0]}x{largest[1]}; predictions are scaled back",
+        "transforms.train.random_crop": "read from the scenes at their own resolution; validation sees them whole",
         "transforms.train.random_vertical_flip": "remove it where up and down differ, as in street scenes",
-        "transforms.train.normalize": "mean and standard deviation of these images",
+        "transforms.train.normalize": "of the training images, computed when training starts"
+        if data.mean == "data"
+        else "mean and standard deviation of these images",
     }
     return parse_config(raw, overrides, source="the command line"), reasons | dict.fromkeys(overrides, "your choice")
+
+
+def scene_crop(data: Description, gpu: bool) -> int | None:
+    """Return the side of the crops where all images are GeoTIFFs larger than that, else None."""
+    side = 512 if gpu else 256
+    return side if data.geo and min(min(size) for size in data.sizes) > side else None
 
 
 def training_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -6,11 +6,22 @@ mistake in the YAML is found at once.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"must be [smallest, largest], not {list(bounds)}")
+    return bounds
+
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-Size = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], "height, width"]
+Count = Annotated[int, Field(ge=1)]
+Size = Annotated[tuple[Count, Count], "height, width"]
 NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Factor = Annotated[float, Field(ge=0.01, le=100)]
+Ordered = AfterValidator(_ordered)
 
 
 class Section(BaseModel):
@@ -61,14 +72,102 @@ class RandomResizeCrop(Section):
     """Heights and widths; one pair is drawn for the whole batch, so that its samples have one size."""
     p: Probability = 0.5
     """Probability per sample that a part is taken; otherwise the whole image is resized to the drawn size."""
-    scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.25, 1.0)
+    scale: Annotated[tuple[Share, Share], Ordered] = (0.25, 1.0)
     """Smallest and largest share of the image's area that the part covers."""
 
+
+class RandomCrop(Section):
+    """Cut out a window at the image's own resolution; with `classes`, often one that shows a rare class.
+
+    Where the image is smaller than the window, all of it is inside: around it the image is mirrored, the mask ignored.
+    Of a large file that can be read by windows only this part is read, so let it stand before what deforms.
+    """
+
+    type: Literal["random_crop"]
+    size: Size
+    """Height and width in pixels."""
+    classes: Annotated[list[Annotated[int, Field(ge=0, le=65535)]], Field(min_length=1)] | None = None
+    """Mask values to look for: one of those that the mask has is drawn, and one of its pixels lies in the window."""
+    class_probability: Probability = 0.5
+    """Probability per sample that `classes` decides where the window lies; otherwise every place is as likely."""
+
     @model_validator(mode="after")
-    def _ordered(self) -> "RandomResizeCrop":
-        if self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale must be [smallest, largest], got {list(self.scale)}")
+    def _classes_decide(self) -> "RandomCrop":
+        if self.classes is None and self.class_probability != 0.5:
+            raise ValueError("class_probability is for random_crop with classes: list them, or leave it out")
+        if self.classes is not None and len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes has a value twice: {self.classes}")
         return self
+
+
+class RandomScale(Section):
+    """Enlarge or shrink about the centre; the canvas keeps its size, and what comes from outside is ignored."""
+
+    type: Literal["random_scale"]
+    scale: Annotated[tuple[Factor, Factor], Ordered] = (0.8, 1.25)
+    """Smallest and largest factor: above 1 the image is enlarged, below it shrinks."""
+    p: Probability = 0.5
+    """Probability per sample."""
+
+
+class RandomShift(Section):
+    """Move by whole pixels; what comes from outside the image is ignored by loss and metric."""
+
+    type: Literal["random_shift"]
+    x: Probability = 0.1
+    """The shift is drawn from -x to +x, as a share of the width."""
+    y: Probability = 0.1
+    """The shift is drawn from -y to +y, as a share of the height."""
+    p: Probability = 0.5
+    """Probability per sample."""
+
+
+class RandomShear(Section):
+    """Slant the image along its width or, as likely, along its height; what comes from outside is ignored."""
+
+    type: Literal["random_shear"]
+    degrees: Annotated[float, Field(ge=0, le=60)] = 15.0
+    """The angle is drawn from -degrees to +degrees."""
+    p: Probability = 0.5
+    """Probability per sample."""
+
+
+class RandomPerspective(Section):
+    """View the image at a slant: its four corners move inwards; what comes from outside is ignored."""
+
+    type: Literal["random_perspective"]
+    distortion: Annotated[float, Field(ge=0, le=0.5)] = 0.2
+    """Each corner moves by 0 to distortion, as a share of half the width and, drawn anew, of half the height."""
+    p: Probability = 0.5
+    """Probability per sample."""
+
+
+class RandomRotate90(Section):
+    """Turn by 0, 1, 2 or 3 quarters, each as likely; height and width of an image that is not square swap places."""
+
+    type: Literal["random_rotate90"]
+    p: Probability = 1.0
+    """Probability per sample that the number of quarters is drawn; otherwise it is 0."""
+
+
+class RandomTranspose(Section):
+    """Swap rows and columns, and so height and width of an image that is not square."""
+
+    type: Literal["random_transpose"]
+    p: Probability = 0.5
+    """Probability per sample."""
+
+
+class GridDistortion(Section):
+    """Displace the inner crossings of a grid; the edges of the image stay, and nothing folds."""
+
+    type: Literal["grid_distortion"]
+    num_cells: Annotated[int, Field(ge=2, le=100)] = 5
+    """Cells of the grid along the height, and along the width."""
+    distortion: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """A crossing moves by up to distortion / 4 of a cell along x and along y; near 1 the strongest nearly fold."""
+    p: Probability = 0.5
+    """Probability per sample."""
 
 
 class Elastic(Section):
@@ -111,6 +210,16 @@ class RandomBrightnessContrast(Section):
     """Probability per sample."""
 
 
+class RandomGamma(Section):
+    """Raise the grey level, as a share of the full range, to a power: below 1 shadows brighten, above they darken."""
+
+    type: Literal["random_gamma"]
+    gamma: Annotated[tuple[Factor, Factor], Ordered] = (0.8, 1.25)
+    """Smallest and largest power."""
+    p: Probability = 0.5
+    """Probability per sample."""
+
+
 class GaussianNoise(Section):
     """Add independent normal noise to every pixel and channel."""
 
@@ -131,14 +240,34 @@ class GaussianBlur(Section):
     """Probability per sample."""
 
 
+class CoarseDropout(Section):
+    """Fill random rectangles of the image with its mean; the mask stays (Cutout, DeVries and Taylor 2017).
+
+    So the network has to tell from the surroundings what is hidden. Later colours of the list change the filling too.
+    """
+
+    type: Literal["coarse_dropout"]
+    num_holes: Annotated[tuple[Count, Count], Ordered] = (1, 8)
+    """Smallest and largest number of rectangles."""
+    size: Annotated[tuple[Share, Share], Ordered] = (0.05, 0.2)
+    """Smallest and largest height, as a share of the image's height; and of the width, drawn anew."""
+    p: Probability = 0.5
+    """Probability per sample."""
+
+
 class Normalize(Section):
-    """Subtract the mean and divide by the standard deviation, per channel; carried out on the device."""
+    """Subtract the mean and divide by the standard deviation, per channel; carried out on the device.
+
+    Of the full range, 0 is black and 1 is white. `data` stands for the values of the training images, computed when
+    training starts. For images that are not 8-bit, mean and std also say which values the colour transforms take for
+    black and white: mean - 2 std and mean + 2 std, or 0 and the full range without `normalize`.
+    """
 
     type: Literal["normalize"]
-    mean: Annotated[list[float], Field(min_length=1)]
-    """Per channel (or one for all), in units of the full range: 0 is black, 1 is white."""
-    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
-    """Per channel (or one for all), in units of the full range."""
+    mean: Annotated[list[float], Field(min_length=1)] | Literal["data"] = "data"
+    """Per channel or for all; of the full range for 8- and 16-bit unsigned images, in the file's units otherwise."""
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | Literal["data"] = "data"
+    """Per channel or for all; of the full range for 8- and 16-bit unsigned images, in the file's units otherwise."""
 
 
 TrainTransform = Annotated[
@@ -146,12 +275,22 @@ TrainTransform = Annotated[
     | RandomHorizontalFlip
     | RandomVerticalFlip
     | RandomRotation
+    | RandomRotate90
+    | RandomTranspose
+    | RandomScale
+    | RandomShift
+    | RandomShear
+    | RandomPerspective
+    | RandomCrop
     | RandomResizeCrop
+    | GridDistortion
     | Elastic
     | ColorJitter
     | RandomBrightnessContrast
+    | RandomGamma
     | GaussianNoise
     | GaussianBlur
+    | CoarseDropout
     | Normalize,
     Field(discriminator="type"),
 ]

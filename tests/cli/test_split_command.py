@@ -217,4 +217,4 @@ def test_values_that_are_no_class_indices_are_a_warning_with_the_tool_that_mends
     if names:
         (data_dir / "classes.txt").write_text(names)
     assert split(data_dir) == 0
-    assert f"warning: {message}: convert it as docs/guide.md shows under Masks" in capsys.readouterr().out
+    assert f"warning: {message}: run ml-check DATA --fix" in capsys.readouterr().out

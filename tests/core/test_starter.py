@@ -14,7 +14,7 @@ from PIL import Image
 from ml_src.cli import init_config, split
 from ml_src.core.config_file import load_config
 from ml_src.core.data.files import find_pairs, read_image
-from ml_src.core.starter import channel_statistics, training_size
+from ml_src.core.starter import sampled_statistics, training_size
 
 
 def draw(data: Path, images: list[np.ndarray], masks: list[np.ndarray], suffix: str = ".png") -> Path:
@@ -143,12 +143,12 @@ def test_the_training_size_is_the_median_within_bounds(sizes: list[tuple[int, in
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_channel_statistics_are_those_of_all_pixels(channels: int) -> None:
+def test_sampled_statistics_are_those_of_all_pixels(channels: int) -> None:
     rng = np.random.default_rng(1)
     images = [rng.integers(0, 200, (10 + i, 12, 3), dtype=np.uint8) for i in range(5)]
     data = draw(Path("d"), images, [np.zeros(image.shape[:2], np.uint8) for image in images])
     pairs = find_pairs(data / "images", data / "masks")
-    pixels = np.concatenate([read_image(p.image, channels).reshape(-1, channels) for p in pairs]) / 255
-    mean, std = channel_statistics(pairs, channels)
+    pixels = np.concatenate([read_image(p.image, channels).pixels.reshape(-1, channels) for p in pairs]) / 255
+    mean, std = sampled_statistics(pairs, channels)
     assert mean == pytest.approx(pixels.mean(axis=0), abs=1e-4)
     assert std == pytest.approx(pixels.std(axis=0), abs=1e-4)

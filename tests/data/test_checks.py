@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ml_src.core.data.checks import MaskFacts, check_files, check_masks, class_counts, scan
+from ml_src.core.data.checks import MaskFacts, check_files, check_images, check_masks, class_counts, scan
 from ml_src.core.data.files import Pair, find_pairs
 from ml_src.core.errors import DataError
 
@@ -44,8 +44,8 @@ def test_facts_are_sizes_and_pixels_per_value_in_the_order_of_the_pairs(tmp_path
         write_pair(tmp_path, "b", np.full((4, 5), 40_000, np.uint16)),
     ]
     assert scan(pairs, None) == [
-        MaskFacts(2, 3, {0: 1, 1: 2, 2: 2, 255: 1}, 2, 3),
-        MaskFacts(4, 5, {40_000: 20}, 4, 5),
+        MaskFacts(2, 3, {0: 1, 1: 2, 2: 2, 255: 1}, 2, 3, 1, "uint8"),
+        MaskFacts(4, 5, {40_000: 20}, 4, 5, 1, "uint8"),
     ]
 
 
@@ -55,9 +55,10 @@ def test_a_file_that_breaks_the_format_rules_becomes_a_problem_not_an_exception(
         write_pair(tmp_path, "deep", mask_of(0, 1), np.zeros((1, 2), np.uint16)),
         write_pair(tmp_path, "fine", mask_of(0, 1)),
     ]
+    pairs[1].image.write_bytes(pairs[1].image.read_bytes()[:30])
     facts = scan(pairs, None)
     assert "masks/rgb.png has 3 channels" in facts[0].problem
-    assert "images/deep.png has 16 bits per sample" in facts[1].problem
+    assert "images/deep.png cannot be read" in facts[1].problem
     assert facts[2].problem is None
 
 
@@ -116,7 +117,7 @@ def test_a_broken_cache_is_replaced_by_a_good_one(tmp_path, text):
     pair = write_pair(tmp_path, "a", mask_of(0, 1))
     (tmp_path / "facts.json").write_text(text)
     first = scan([pair], tmp_path / "facts.json")
-    assert first == [MaskFacts(1, 2, {0: 1, 1: 1}, 1, 2)]
+    assert first == [MaskFacts(1, 2, {0: 1, 1: 1}, 1, 2, 1, "uint8")]
     replace_unseen(pair.mask)
     assert scan([pair], tmp_path / "facts.json") == first
 
@@ -156,15 +157,12 @@ def test_a_single_mistake_is_one_sentence(tmp_path):
     pairs = [write_pair(tmp_path, "img6", mask_of(0, 1)), write_pair(tmp_path, "img7", mask_of(0, 3))]
     with pytest.raises(DataError) as error:
         check_masks(pairs, scan(pairs, None), num_classes=2, ignore_index=None)
-    assert (
-        str(error.value)
-        == f"{pairs[1].mask} has values [0, 3] but num_classes is 2: convert it as docs/guide.md shows under Masks"
-    )
+    assert str(error.value) == f"{pairs[1].mask} has values [0, 3] but num_classes is 2: run ml-check DATA --fix"
 
 
 def test_a_lone_255_may_also_mean_unlabelled(tmp_path):
     pairs = [write_pair(tmp_path, "a", mask_of(0, 255))]
-    with pytest.raises(DataError, match=r"has values \[0, 255\] .*Masks, or set data.ignore_index: 255"):
+    with pytest.raises(DataError, match=r"has values \[0, 255\] .*--fix, or set data.ignore_index: 255"):
         check_masks(pairs, scan(pairs, None), num_classes=2, ignore_index=None)
 
 
@@ -212,3 +210,26 @@ def test_class_counts_are_summed_over_masks_without_ignored_and_foreign_pixels()
     facts = [MaskFacts(1, 6, {0: 3, 1: 2, 255: 1}, 1, 6), MaskFacts(1, 4, {1: 1, 7: 3}, 1, 4)]
     assert class_counts(facts, 3, 255) == [3, 3, 0]
     assert class_counts(facts, 3, 1) == [3, 0, 0]
+
+
+# Images
+
+
+def test_images_of_another_number_of_channels_are_named_with_what_to_set(tmp_path):
+    pairs = [Pair(Path("a.tif"), Path("a.png")), Pair(Path("b.tif"), Path("b.png"))]
+    facts = [MaskFacts(1, 1, {0: 1}, 1, 1, 4, "uint8"), MaskFacts(1, 1, {0: 1}, 1, 1, 4, "uint8")]
+    check_images(pairs, facts, 4)
+    with pytest.raises(DataError, match=r"of 2 pairs .* 2 have another number of channels:\n  a\.tif has 4 channels"):
+        check_images(pairs, facts, 3)
+
+
+@pytest.mark.parametrize(("found", "in_channels"), [(1, 3), (3, 1), (3, 3), (1, 1)])
+def test_gray_and_rgb_become_each_other(found, in_channels):
+    check_images([Pair(Path("a.png"), Path("a.png"))], [MaskFacts(1, 1, {0: 1}, 1, 1, found, "uint8")], in_channels)
+
+
+def test_an_image_of_another_number_type_is_named():
+    pairs = [Pair(Path(f"{name}.tif"), Path(f"{name}.png")) for name in "abc"]
+    facts = [MaskFacts(1, 1, {0: 1}, 1, 1, 1, dtype) for dtype in ("uint16", "uint8", "uint16")]
+    with pytest.raises(DataError, match=r"^b\.tif has uint8 pixels but most have uint16"):
+        check_images(pairs, facts, 1)

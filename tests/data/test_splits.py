@@ -327,7 +327,7 @@ def test_what_is_written_is_read(tmp_path):
     pairs = pairs_of(tmp_path, *NAMES)
     write_splits(TWO_FOLDS, pairs, tmp_path, tmp_path / "elsewhere" / "splits", force=False)
     for name, indices in (("test", [2]), ("fold_0_train", [1]), ("fold_1_val", [1])):
-        assert read_split(tmp_path / "elsewhere" / "splits", tmp_path, name) == [pairs[index] for index in indices]
+        assert list(read_split(tmp_path / "elsewhere" / "splits", tmp_path, name)) == [pairs[index] for index in indices]
 
 
 def test_masks_may_lie_outside_the_data_folder(tmp_path):
@@ -365,7 +365,7 @@ def test_another_split_is_refused_and_replaced_only_by_force(tmp_path):
         "test_masks.txt",
         "train.txt",
     ]
-    assert read_split(splits_dir, tmp_path, "test") == [pairs[0]]
+    assert list(read_split(splits_dir, tmp_path, "test")) == [pairs[0]]
 
 
 def test_a_failure_halfway_leaves_the_old_files(tmp_path):

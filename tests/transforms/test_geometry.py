@@ -5,10 +5,21 @@ import numpy as np
 import pytest
 
 from ml_src.core import transform_specs as specs
-from ml_src.core.transforms import geometry
-from ml_src.core.transforms.geometry import deform, keep, mirror, resample, rotate, trace, window
+from ml_src.core.transforms import geometric, geometry
+from ml_src.core.transforms.geometric import Canvas
+from ml_src.core.transforms.geometry import trace
+from ml_src.core.transforms.source import Arrays
+from ml_src.core.transforms.steps import deform, keep, mirror, rotate, window
 
 IGNORE = 255
+
+
+def resample(image, mask, steps, ignore_index):
+    return geometry.resample(Arrays(image, mask), steps, ignore_index)
+
+
+def canvas(height, width):
+    return Canvas(Arrays(np.zeros((height, width, 1), np.uint8)))
 
 
 def random_image(*shape, seed=0):
@@ -286,13 +297,13 @@ def test_elastic_of_alpha_zero_moves_nothing():
 
 
 def crop(**changes):
-    return geometry.RandomResizeCrop(specs.RandomResizeCrop(type="random_resize_crop", **changes))
+    return geometric.RandomResizeCrop(specs.RandomResizeCrop(type="random_resize_crop", **changes))
 
 
 def test_a_crop_has_the_proportions_and_the_share_that_were_asked_for():
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        step = crop(sizes=[(16, 24)], p=1.0, scale=(0.2, 0.5)).draw((60, 80), rng, rng)
+        step = crop(sizes=[(16, 24)], p=1.0, scale=(0.2, 0.5)).draw(canvas(60, 80), rng, rng)
         across, down = step.matrix[0, 0], step.matrix[1, 1]
         assert across == pytest.approx(down)
         assert 0.2 <= across * 24 * down * 16 / (60 * 80) <= 0.5
@@ -302,7 +313,7 @@ def test_a_crop_stays_inside_even_where_its_proportions_do_not_fit():
     mask = np.ones((40, 12), np.uint8)
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        step = crop(sizes=[(8, 24)], p=1.0, scale=(0.9, 1.0)).draw((40, 12), rng, rng)
+        step = crop(sizes=[(8, 24)], p=1.0, scale=(0.9, 1.0)).draw(canvas(40, 12), rng, rng)
         _, labels = resample(np.zeros((40, 12, 3), np.uint8), mask, [step], IGNORE)
         assert (labels == 1).all()
 
@@ -311,7 +322,7 @@ def test_crops_are_placed_all_over_the_canvas():
     lefts = []
     for seed in range(200):
         rng = np.random.default_rng(seed)
-        lefts.append(crop(sizes=[(8, 8)], p=1.0, scale=(0.25, 0.25)).draw((40, 40), rng, rng).matrix[0, 2])
+        lefts.append(crop(sizes=[(8, 8)], p=1.0, scale=(0.25, 0.25)).draw(canvas(40, 40), rng, rng).matrix[0, 2])
     left = np.array(lefts) + 0.5 - 1.25  # edges; the crop spans 20 pixels, so that they lie between 0 and 20
     assert left.min() > -1e-6
     assert left.max() < 20 + 1e-6
@@ -320,14 +331,14 @@ def test_crops_are_placed_all_over_the_canvas():
 
 def test_without_a_crop_the_whole_canvas_is_resized():
     rng = np.random.default_rng(0)
-    step = crop(sizes=[(16, 24)], p=0.0).draw((60, 80), rng, rng)
+    step = crop(sizes=[(16, 24)], p=0.0).draw(canvas(60, 80), rng, rng)
     np.testing.assert_array_equal(step.matrix, window(0, 0, 80, 60, (16, 24)).matrix)
 
 
 def test_rotation_angles_fill_the_range():
-    rotation = geometry.RandomRotation(specs.RandomRotation(type="random_rotation", degrees=30))
+    rotation = geometric.RandomRotation(specs.RandomRotation(type="random_rotation", degrees=30))
     rng = np.random.default_rng(0)
-    matrices = [rotation.draw((9, 9), rng, rng).matrix for _ in range(300)]
+    matrices = [rotation.draw(canvas(9, 9), rng, rng).matrix for _ in range(300)]
     angles = np.degrees([np.arctan2(matrix[1, 0], matrix[0, 0]) for matrix in matrices])
     assert -30 <= angles.min() < -28
     assert 28 < angles.max() <= 30

@@ -17,26 +17,34 @@ from typing import Any
 import numpy as np
 
 from ml_src.core.atomic import write_text
-from ml_src.core.data.files import MEND, Pair, image_info, listed, not_8_bit, read_mask
+from ml_src.core.data.files import MEND, Pair, image_info, listed, other_channels, read_mask, row_windows
+from ml_src.core.data.headers import read_header
 from ml_src.core.errors import DataError
 
 UNLABELLED = 255
 UNLABELLED_NAMES = {"void", "unlabelled", "unlabeled", "ignore", "ignored"}
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 NUM_NAMED = 10
 
 Stamp = list[int]
+# A problem: what kind, for the count in the first line, and the sentence.
+Problem = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class MaskFacts:
-    """What the rules need of one pair: sizes in pixels, pixels per mask value, or why it cannot be read."""
+    """What the rules need of one pair: sizes in pixels, pixels per mask value, what the image's header says of its
+    channels, or why it cannot be read.
+    """
 
     height: int
     width: int
     counts: dict[int, int]
     image_height: int
     image_width: int
+    channels: int = 0
+    dtype: str = ""
+    alpha: bool = False
     problem: str | None = None
 
 
@@ -69,15 +77,18 @@ def scan(
 
 def _examine(pair: Pair) -> MaskFacts:
     try:
-        mask = read_mask(pair.mask)
         image = image_info(pair.image)
-        if image.bits > 8:
-            raise DataError(not_8_bit(pair.image, image.bits))
+        mask = read_header(pair.mask)
+        windows = row_windows(mask.height, mask.width) if mask.windowed else [None]
+        pixels = np.zeros(1 << 16, np.int64)
+        for window in windows:
+            pixels += np.bincount(read_mask(pair.mask, window).ravel(), minlength=1 << 16)
     except DataError as error:
-        return MaskFacts(0, 0, {}, 0, 0, str(error))
-    pixels = np.bincount(mask.ravel())
+        return MaskFacts(0, 0, {}, 0, 0, problem=str(error))
     counts = {int(value): int(pixels[value]) for value in np.flatnonzero(pixels)}
-    return MaskFacts(mask.shape[0], mask.shape[1], counts, image.height, image.width)
+    return MaskFacts(
+        mask.height, mask.width, counts, image.height, image.width, image.channels, image.dtype, image.alpha
+    )
 
 
 class _Cache:
@@ -93,20 +104,19 @@ class _Cache:
 
     def get(self, pair: Pair) -> MaskFacts | None:
         try:
-            image, stamp, sizes, values, pixels = self.entries[str(pair.mask.absolute())]
+            image, stamp, (height, width), values, pixels, header = self.entries[str(pair.mask.absolute())]
             if image != str(pair.image.absolute()) or stamp != _stamp(pair):
                 return None
-            height, width, image_height, image_width = sizes
-            return MaskFacts(height, width, dict(zip(values, pixels, strict=True)), image_height, image_width)
+            return MaskFacts(height, width, dict(zip(values, pixels, strict=True)), *header)
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
 
     def put(self, pair: Pair, stamp: Stamp | None, fact: MaskFacts) -> None:
         if stamp is None or fact.problem is not None:  # a problem may go without a change of the file: permissions
             return
-        sizes = [fact.height, fact.width, fact.image_height, fact.image_width]
-        values, pixels = list(fact.counts), list(fact.counts.values())
-        self.entries[str(pair.mask.absolute())] = [str(pair.image.absolute()), stamp, sizes, values, pixels]
+        size, values, pixels = [fact.height, fact.width], list(fact.counts), list(fact.counts.values())
+        header = [fact.image_height, fact.image_width, fact.channels, fact.dtype, fact.alpha]
+        self.entries[str(pair.mask.absolute())] = [str(pair.image.absolute()), stamp, size, values, pixels, header]
 
     def save(self) -> None:
         if self.path is None:
@@ -149,16 +159,30 @@ def check_files(pairs: Sequence[Pair], facts: Sequence[MaskFacts]) -> None:
     _raise_all([_file_problem(*both) for both in _both(pairs, facts)])
 
 
+def check_images(pairs: Sequence[Pair], facts: Sequence[MaskFacts], in_channels: int) -> None:
+    """Raise a DataError that names images with other channels than the network takes, or another number type.
+
+    Gray and RGB become each other; nothing else does. All must have the number type that most have, because their
+    statistics are in its units.
+    """
+    common = Counter(fact.dtype for fact in facts).most_common(1)[0][0]
+    _raise_all([_image_problem(pair.image, fact, in_channels, common) for pair, fact in _both(pairs, facts)])
+
+
+def _image_problem(path: Path, fact: MaskFacts, in_channels: int, common: str) -> Problem | None:
+    if fact.channels != in_channels and {fact.channels, in_channels} != {1, 3}:
+        return "have another number of channels", other_channels(path, fact.channels, in_channels)
+    if fact.dtype != common:
+        return "have another number type", f"{path} has {fact.dtype} pixels but most have {common}: convert it"
+    return None
+
+
 def class_counts(facts: Sequence[MaskFacts], num_classes: int, ignore_index: int | None) -> list[int]:
     """Return the pixels of each class over all facts, (num_classes,); ignored pixels count for none."""
     total: Counter[int] = Counter()
     for fact in facts:
         total.update(fact.counts)
     return [0 if value == ignore_index else total[value] for value in range(num_classes)]
-
-
-# A problem: what kind, for the count in the first line, and the sentence.
-Problem = tuple[str, str]
 
 
 def _both(pairs: Sequence[Pair], facts: Sequence[MaskFacts]) -> list[tuple[Pair, MaskFacts]]:

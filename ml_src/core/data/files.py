@@ -1,43 +1,42 @@
-"""Image and mask files: which belong together, and their pixels; all formats live here. Next to read: `checks.py`.
+"""Image and mask files: which belong together, and their pixels. Next to read: `headers.py`, then `checks.py`.
 
-Pillow decodes everything, because it keeps palette indices and knows EXIF; what it would silently scale, invert or cut
-to 8 bits is found in the header and undone or refused.
+Pillow decodes PNG, JPEG, BMP, WebP and TIFFs whose colours must be worked out; tifffile decodes the other TIFFs,
+rasterio those with coordinates. What Pillow would silently scale, invert or cut to 8 bits is known from the header and
+undone.
 """
 
 import os
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from ml_src.core.data.geotiffs import read_bands
+from ml_src.core.data.headers import Header, opened, require_decodable
+from ml_src.core.data.tiffs import read_tiff
 from ml_src.core.errors import DataError
+from ml_src.core.transforms.source import Window
 
 SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
-# Modes whose colours become gray or RGB without choosing a colour profile.
-READABLE_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "YCbCr"}
-# EXIF orientation -> what brings the picture upright.
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# TIFF tags.
-SUBFILE, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, EXTRA_SAMPLES, SAMPLE_FORMAT = 254, 258, 259, 262, 277, 338, 339
-EXIF_ORIENTATION = 274
+# Pillow's modes whose colours become gray or RGB without choosing a colour profile.
+READABLE_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "YCbCr", "I;16", "I;16B", "I;16L", "I"}
+# TIFFs whose samples are shades of gray, red, green and blue, a palette's numbers, or luma and chroma.
+READABLE_PHOTOMETRICS = {0, 1, 2, 3, 6}
+LUMA = (19595, 38470, 7471)  # ITU-R 601, in 65536ths
+
+# Rows that are read at once of a picture too large to be read whole: a multiple of the height of most tiles.
+BAND = 512
 
 # What an error about a mask ends with.
-MEND = "convert it as docs/guide.md shows under Masks"
+MEND = "run ml-check DATA --fix"
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,22 @@ class Pair:
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What the header says: size in pixels after EXIF, 1 or 3 channels without alpha, bits per sample (8, 16, 32)."""
+    """What the header says: size in pixels after EXIF, channels without alpha, number type of the array read."""
 
     height: int
     width: int
     channels: int
-    bits: int
+    dtype: str  # uint8, uint16, int16 or float32
+    alpha: bool
+    windowed: bool  # a part can be read without decoding the rest
+    geo: bool  # it lies somewhere on Earth
+
+
+class Raster(NamedTuple):
+    """Pixels (H, W, C) of uint8, uint16, int16 or float32, and where the file has none: (H, W, C or 1), or None."""
+
+    pixels: NDArray[Any]
+    missing: NDArray[np.bool_] | None
 
 
 def stem_of(path: Path) -> str:
@@ -126,61 +135,187 @@ def read_class_names(data_dir: Path) -> list[str] | None:
     return names
 
 
-def read_image(path: Path, channels: int) -> NDArray[np.uint8]:
-    """Read an 8-bit image upright, without alpha, as gray (`channels` 1) or RGB (3): (H, W, channels).
+def read_image(path: Path, channels: int | None = None, window: Window | None = None) -> Raster:
+    """Read an image upright and without alpha, whole or a window of it.
 
-    RGB becomes gray by ITU-R 601 luma; gray becomes RGB by repetition.
-    Raises: DataError for a damaged file and for anything but one 8-bit gray or RGB picture.
+    Args:
+        path: of the file.
+        channels: 1 turns RGB into gray (ITU-R 601 luma), 3 repeats gray; otherwise as many as the file must have. None
+            takes what it has.
+        window: of the upright image; only where the header says `windowed` does it save the decoding of the rest.
+
+    Missing is nodata of a GeoTIFF, and what is not a finite number.
+    Raises: DataError for a damaged file, several pages, and another number of channels.
     """
-    with _opened(path) as (image, header):
+    with opened(path) as (image, header):
         _require_picture(path, header)
-        if header.bits > 8:
-            raise DataError(not_8_bit(path, header.bits))
-        pixels: NDArray[np.uint8] = np.array(_upright(image, header).convert("L" if channels == 1 else "RGB"))
-    return pixels.reshape(*pixels.shape[:2], channels)
+        require_decodable(path, header)
+        part = window or Window(0, 0, header.height, header.width)
+        missing = None
+        if header.geo and not _needs_pillow(header):
+            pixels, missing = read_bands(path, part)
+        elif header.format == "TIFF" and not _needs_pillow(header):
+            pixels = _stored(image, header, part)[:, :, : header.colours]
+        else:
+            pixels = _shown(path, image, header)[part.top : part.top + part.height, part.left : part.left + part.width]
+        pixels = _of_kept_dtype(pixels)
+        if pixels.dtype == np.float32 and not np.isfinite(pixels).all():
+            missing = ~np.isfinite(pixels) if missing is None else missing | ~np.isfinite(pixels)
+    if channels is not None and channels != pixels.shape[2]:
+        pixels, missing = _with_channels(path, pixels, missing, channels)
+    return Raster(np.require(pixels, requirements=["C", "W"]), missing)  # Pillow's arrays cannot be written to
 
 
-def not_8_bit(path: Path, bits: int) -> str:
-    """Return the sentence for an image of more than 8 bits per sample."""
-    return f"{path} has {bits} bits per sample: an 8-bit gray or RGB image is expected, convert it"
+def row_windows(height: int, width: int, rows: int = BAND) -> Iterator[Window]:
+    """Divide a picture into bands over its whole width."""
+    for top in range(0, height, rows):
+        yield Window(top, 0, min(rows, height - top), width)
+
+
+def _needs_pillow(header: Header) -> bool:
+    """Whether a TIFF's colours have to be worked out: palette, luma and chroma, few bits, white is zero."""
+    return header.bits <= 8 and (header.bits < 8 or header.photometric in (0, 3, 6))
+
+
+def _stored(tiff: Any, header: Header, window: Window) -> NDArray[Any]:
+    """Samples of a TIFF, upright; a file that lies on its side is never windowed."""
+    if header.orientation == 1:
+        return read_tiff(tiff, window)
+    lying = header.orientation >= 5
+    height, width = (header.width, header.height) if lying else (header.height, header.width)
+    turned = upright(read_tiff(tiff, Window(0, 0, height, width)), header.orientation)
+    return turned[window.top : window.top + window.height, window.left : window.left + window.width]
+
+
+def _shown(path: Path, image: Any, header: Header) -> NDArray[Any]:
+    """Gray or RGB of a whole picture, upright: (H, W, 1 or 3)."""
+    if header.bits > 8 and header.samples > 1:  # of these Pillow would keep 8 bits
+        flags = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
+        pixels = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
+        if pixels is None:
+            raise ValueError("damaged")
+        return upright(pixels[:, :, 2::-1] if header.colours == 3 else pixels[:, :, :1], header.orientation)
+    if header.format == "TIFF":
+        with Image.open(path) as picture:  # which turns it upright
+            picture.load()
+            pixels = np.asarray(picture.convert("L" if header.colours == 1 and not header.palette else "RGB"))
+    else:
+        kept = header.mode if header.bits > 8 else "L" if header.mode in ("1", "L", "LA", "La") else "RGB"
+        pixels = upright(np.asarray(image.convert(kept) if image.mode != kept else image), header.orientation)
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Turn an array (H, W, ...) as an EXIF orientation, 1 to 8, asks; others are ignored."""
+    if orientation in (3, 4, 7):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (5, 7):
+        return pixels.swapaxes(0, 1)
+    return np.rot90(pixels, {6: -1, 8: 1}.get(orientation, 0))
+
+
+def _of_kept_dtype(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Unsigned integers of 8 and 16 bits stay; signed ones become int16, all else float32."""
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
+        return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+    if pixels.dtype.kind == "i" and pixels.dtype.itemsize <= 2:
+        return pixels.astype(np.int16, copy=False)
+    return pixels.astype(np.float32, copy=False)
+
+
+def _with_channels(
+    path: Path, pixels: NDArray[Any], missing: NDArray[np.bool_] | None, channels: int
+) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+    """Gray to RGB or RGB to gray; anything else is refused."""
+    if {channels, pixels.shape[2]} != {1, 3}:
+        raise DataError(other_channels(path, pixels.shape[2], channels))
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=2), missing
+    if missing is not None:
+        missing = np.logical_or.reduce(missing, axis=2, keepdims=True)
+    if pixels.dtype.kind == "f":
+        return (pixels @ (np.array(LUMA, np.float32) / np.float32(65536)))[:, :, None], missing
+    luma = (pixels.astype(np.int64) @ np.array(LUMA) + 32768) >> 16
+    return luma.astype(pixels.dtype)[:, :, None], missing
+
+
+def other_channels(path: Path, found: int, expected: int) -> str:
+    """Return the sentence for an image whose channels are not those of the network."""
+    return f"{path} has {found} channels but model.in_channels is {expected}: set model.in_channels to {found}"
 
 
 def image_info(path: Path) -> ImageInfo:
-    """Describe a gray or RGB image of any bit depth from its header alone.
+    """Describe an image from its header alone.
 
-    Raises: DataError for a damaged file, several pages, or another number of channels.
+    Raises: DataError for a damaged file, several pages, and colours that are not gray, RGB or bands.
     """
-    with _opened(path) as (image, header):
+    with opened(path) as (_, header):
         _require_picture(path, header)
-        channels = 1 if image.mode in {"1", "L", "LA", "La", "F"} or image.mode.startswith("I") else 3
-        bits = next(size for size in (8, 16, 32) if header.bits <= size or size == 32)
-        return ImageInfo(header.height, header.width, channels, bits)
+        require_decodable(path, header)
+    channels = 3 if header.palette else header.colours
+    alpha = header.colours < header.samples
+    return ImageInfo(header.height, header.width, channels, header.dtype.name, alpha, header.windowed, header.geo)
 
 
-def read_mask(path: Path) -> NDArray[np.uint8 | np.uint16]:
+def _require_picture(path: Path, header: Header) -> None:
+    if header.pages > 1:
+        raise DataError(f"{path} has {header.pages} pages, but an image is one page: save each as a file of its own")
+    readable = header.photometric in READABLE_PHOTOMETRICS if header.format == "TIFF" else header.mode in READABLE_MODES
+    if not readable:
+        raise DataError(f"{path} has colours that are not gray, RGB or bands ({_colours(header)}): convert it to RGB")
+    if header.number == "complex":
+        raise DataError(f"{path} has complex numbers: save magnitude, or real and imaginary part, as channels")
+
+
+def _colours(header: Header) -> str:
+    return f"photometric {header.photometric}" if header.format == "TIFF" else f"mode {header.mode}"
+
+
+def read_mask(path: Path, window: Window | None = None) -> NDArray[np.uint8 | np.uint16]:
     """Read the class indices of a mask, (H, W), exactly as stored: palette indices, 0/1 of a 1-bit file, 8 or 16 bits.
 
     An orientation tag turns a mask as it turns an image.
 
-    Raises: DataError, with the guide's remedy, for a JPEG, RGB, float, signed, multi-page or damaged file.
+    Raises: DataError, with the remedy, for a JPEG, RGB, float, signed, multi-page or damaged file.
     """
-    with _opened(path) as (image, header):
-        problem = _mask_problem(header)
+    with opened(path) as (image, header):
+        problem = mask_problem(header)
         if problem:
             raise DataError(f"{path} {problem}: {MEND}")
-        values = np.array(_upright(image, header))
+        require_decodable(path, header)
+        part = window or Window(0, 0, header.height, header.width)
+        if header.geo:
+            values = read_bands(path, part).pixels[:, :, 0]
+        elif header.format == "TIFF" and header.bits >= 8:
+            values = _stored(image, header, part)[:, :, 0]
+        else:
+            values = _stored_by_pillow(path, image, header)
+            values = values[part.top : part.top + part.height, part.left : part.left + part.width]
+    return np.require(values, np.uint16 if header.bits > 8 else np.uint8, ["C", "W"])
+
+
+def _stored_by_pillow(path: Path, image: Any, header: Header) -> NDArray[Any]:
+    """Values of a one-channel picture as the file has them: what Pillow changes for display is undone."""
+    if header.format == "TIFF":
+        with Image.open(path) as picture:
+            values = np.array(picture, dtype=np.uint8)
+            mode = picture.mode
+    else:
+        values, mode = upright(np.asarray(image), header.orientation), header.mode
     if header.bits > 8:
-        return values.astype(np.uint16)
+        return values
     values = values.astype(np.uint8)
-    if header.mode == "L" and header.bits in (2, 4):
+    if mode == "L" and header.bits in (2, 4):
         values //= 255 // (2**header.bits - 1)  # Pillow spreads 2 and 4 bits over 0..255
-    if header.inverted:
+    if header.photometric == 0:
         values = (2**header.bits - 1) - values
     return values
 
 
-def _mask_problem(header: "_Header") -> str | None:
-    """Return the guide's "common mistake" that a mask's header shows; completes "<path> ..."."""
+def mask_problem(header: Header) -> str | None:
+    """Return the rule of the guide that a mask's header breaks; completes "<path> ..."."""
     if header.lossy:
         return "is a JPEG, whose compression changes class indices; save masks as PNG or TIFF"
     if header.format not in ("PNG", "TIFF"):
@@ -194,104 +329,3 @@ def _mask_problem(header: "_Header") -> str | None:
     if header.number != "uint" or header.bits > 16:
         return f"has {header.bits}-bit {header.number} values; a mask has 8- or 16-bit unsigned class indices"
     return None
-
-
-@dataclass(frozen=True)
-class _Header:
-    """What must be known before pixels are decoded. `samples` counts all stored channels, `colours` those but alpha."""
-
-    format: str
-    mode: str
-    height: int
-    width: int
-    orientation: int
-    pages: int
-    samples: int
-    colours: int
-    bits: int
-    number: str
-    lossy: bool
-    inverted: bool
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Image.Image, _Header]]:
-    """Open a file and turn whatever goes wrong, also while pixels are decoded, into a DataError."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(26)
-            file.seek(0)
-            with Image.open(file) as image:
-                yield image, _header(image, start)
-    except (DataError, MemoryError):
-        raise
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist") from error
-    except UnidentifiedImageError as error:
-        raise DataError(f"{path} {_foreign(path)}: an 8-bit gray or RGB image is expected") from error
-    except Exception as error:  # on damaged files decoders raise nearly anything: OSError, SyntaxError, struct.error
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path} cannot be read ({reason}): replace the file or remove the pair") from error
-
-
-def _header(image: Image.Image, start: bytes) -> _Header:
-    form, (width, height) = image.format or "", image.size
-    orientation, pages, samples, number, inverted = 1, 1, len(image.getbands()), "uint", False
-    colours = samples - image.mode.endswith(("A", "a"))
-    bits, lossy = 8, form in ("JPEG", "MPO")
-    if form == "TIFF":  # Pillow itself turns a TIFF upright
-        tags = image.tag_v2  # type: ignore[attr-defined]
-        bits = max(tags.get(BITS, (1,)))
-        pages = _num_tiff_pages(image)
-        extra = tags.get(EXTRA_SAMPLES, ())
-        samples = tags.get(SAMPLES, 1)
-        unnamed_alpha = samples == 4 and not extra and image.mode == "RGBA"
-        colours = samples - sum(kind in (1, 2) for kind in extra) - unnamed_alpha
-        number = {2: "signed", 3: "float"}.get(tags.get(SAMPLE_FORMAT, (1,))[0], "uint")
-        lossy = tags.get(COMPRESSION) in (6, 7)  # the two kinds of JPEG inside a TIFF
-        inverted = tags.get(PHOTOMETRIC) == 0 and bits <= 8  # "white is zero", which Pillow turns round
-    else:
-        if form == "PNG":
-            bits = start[24]  # IHDR; Pillow's mode hides 16 bits of RGB
-        if form != "MPO":  # the further pictures of a phone's JPEG are previews
-            pages = getattr(image, "n_frames", 1)
-        if form != "PNG" or "exif" in image.info:  # for a PNG without, getexif() would decode the pixels
-            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-        if orientation in (5, 6, 7, 8):
-            height, width = width, height
-    return _Header(form, image.mode, height, width, orientation, pages, samples, colours, bits, number, lossy, inverted)
-
-
-def _num_tiff_pages(image: Image.Image) -> int:
-    """Count pictures, not the reduced copies (overviews) and validity masks that a GeoTIFF keeps beside its one."""
-    num_pages = 0
-    for index in range(getattr(image, "n_frames", 1)):
-        image.seek(index)
-        num_pages += not image.tag_v2.get(SUBFILE, 0) & 0b101  # type: ignore[attr-defined]
-    image.seek(0)
-    return num_pages
-
-
-def _upright(image: Image.Image, header: _Header) -> Image.Image:
-    image.load()
-    return image.transpose(UPRIGHT[header.orientation]) if header.orientation in UPRIGHT else image
-
-
-def _require_picture(path: Path, header: _Header) -> None:
-    expected = "an 8-bit gray or RGB image is expected"
-    if header.pages > 1:
-        raise DataError(f"{path} has {header.pages} pages: {expected}, one a file")
-    if header.colours not in (1, 3) or (header.bits <= 8 and header.mode not in READABLE_MODES):
-        raise DataError(f"{path} has {header.colours} channels (mode {header.mode}): {expected}, convert it")
-
-
-def _foreign(path: Path) -> str:
-    """Say what a file is that Pillow does not know; scientific TIFFs have any number of bands and any type."""
-    import tifffile
-
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            page = tiff.pages.first
-            return f"has {page.samplesperpixel} channels of {page.dtype}"
-    except Exception:
-        return "is no image that can be read"

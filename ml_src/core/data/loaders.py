@@ -3,6 +3,7 @@
 Which images come when is said in `order.py`; a resumed run skips the finished steps of its epoch and goes on.
 """
 
+import gc
 import os
 import signal
 import warnings
@@ -24,7 +25,9 @@ warnings.filterwarnings("ignore", message="This DataLoader will create")
 
 
 class Batch:
-    """Images (N, C, H, W) uint8 in channels-last memory, masks (N, H, W) integer or None, sizes of the files."""
+    """Images (N, C, H, W) of the files' number type, channels last in memory, masks (N, H, W) integer or None, and the
+    sizes of the files.
+    """
 
     def __init__(self, images: Tensor, masks: Tensor | None, sizes: list[tuple[int, int]]) -> None:
         self.images, self.masks, self.sizes = images, masks, sizes
@@ -136,7 +139,7 @@ class Collate:
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         height = max(sample.image.shape[0] for sample in samples)
         width = max(sample.image.shape[1] for sample in samples)
-        images = np.zeros((len(samples), height, width, samples[0].image.shape[2]), np.uint8)
+        images = np.zeros((len(samples), height, width, samples[0].image.shape[2]), samples[0].image.dtype)
         masks = None
         if samples[0].mask is not None:
             dtypes = {sample.mask.dtype for sample in samples if sample.mask is not None}
@@ -156,6 +159,7 @@ class Collate:
 
 def _start_worker(_: int) -> None:
     """Workers share the machine with each other: one thread each. Ctrl-C is for the main process to answer."""
+    gc.freeze()  # or a collection would touch, and thereby copy, every object of the main process
     os.setpgrp()  # a terminal, or `timeout`, sends its signal to the whole group of the main process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cv2.setNumThreads(0)

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from ml_src.core.data.files import Pair, listed, stem_of
+from ml_src.core.data.pairs import Pairs
 from ml_src.core.errors import ConfigError, DataError
 
 GROUPS = "groups.csv"
@@ -30,6 +31,11 @@ ANY = -1
 def cache_path(splits_dir: Path) -> Path:
     """Return where the facts of `checks.scan` are kept."""
     return splits_dir / ".mask_facts.json"
+
+
+def statistics_path(splits_dir: Path) -> Path:
+    """Return where the statistics of the training images are kept."""
+    return splits_dir / ".statistics.json"
 
 
 @dataclass(frozen=True)
@@ -382,7 +388,7 @@ def _replace_files(folder: Path, old: Mapping[str, str], new: Mapping[str, str])
         raise
 
 
-def read_split(splits_dir: Path, data_dir: Path, name: str) -> list[Pair]:
+def read_split(splits_dir: Path, data_dir: Path, name: str) -> Pairs:
     """Read the pairs of `test`, `fold_0_train`, `fold_0_val`, ...
 
     Raises: DataError where a file is missing or empty, the two do not pair line by line, or a listed file is gone.
@@ -398,14 +404,15 @@ def read_split(splits_dir: Path, data_dir: Path, name: str) -> list[Pair]:
         )
     if not images:
         raise DataError(f"{image_list} is empty, the split has no {name.rpartition('_')[2]} images: run ml-split again")
-    pairs = [Pair(data_dir / image, data_dir / mask) for image, mask in zip(images, masks, strict=True)]
+    pairs = Pairs(*([str(data_dir / line) for line in lines] for lines in (images, masks)))
+    gone: list[Path] = []
     for number, pair in enumerate(pairs, start=1):
+        gone += [path for path in (pair.image, pair.mask) if not path.is_file()]
         if stem_of(pair.image) != stem_of(pair.mask):
             raise DataError(
                 f"line {number} pairs {pair.image.name} in {image_list} with {pair.mask.name} in {mask_list.name}: "
                 "run ml-split again"
             )
-    gone = [path for pair in pairs for path in (pair.image, pair.mask) if not path.is_file()]
     if gone:
         lists = f"{image_list} and {mask_list.name}"
         raise DataError(f"{lists} name files that do not exist: {listed(gone)}; restore them or run ml-split again")

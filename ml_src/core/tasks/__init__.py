@@ -49,6 +49,9 @@ class Task(Protocol):
     def check_data(self) -> None:
         """Raise DataError where the data of the fold cannot be trained on."""
 
+    def settle(self) -> Config:
+        """Return, and use from now on, the configuration with all that it left to the data."""
+
     def loader(
         self, split: str, order: Order | None = None, training: bool = False, pin_memory: bool = False
     ) -> Loader:

@@ -1,5 +1,6 @@
 """What segmentation means: pairs of image and mask in, a label map out, scores from one confusion matrix."""
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -14,15 +15,17 @@ from torch.nn import functional as F
 
 from ml_src.core.config import Config
 from ml_src.core.data import checks, splits
-from ml_src.core.data.files import Pair, read_mask
+from ml_src.core.data.files import Pair
 from ml_src.core.data.loaders import Batch, Loader
 from ml_src.core.data.order import Order, ShareOfBatches
-from ml_src.core.data.segmentation import SampleKey, SegmentationDataset, require_size
-from ml_src.core.errors import ConfigError
+from ml_src.core.data.pairs import Pairs
+from ml_src.core.data.segmentation import SampleKey, SegmentationDataset, read_truth, require_size
+from ml_src.core.data.statistics import channel_statistics
 from ml_src.core.losses import build_loss
 from ml_src.core.losses.segmentation import balanced_weights
 from ml_src.core.metrics.segmentation import ConfusionMatrix, summarize
 from ml_src.core.pictures import Image, side_by_side
+from ml_src.core.progress import progress_bar
 from ml_src.core.transform_specs import Resize
 from ml_src.core.transforms import Pipeline, build_transforms
 
@@ -30,7 +33,11 @@ PANEL_ROWS, PANEL_SIDE = 4, 256
 DEVICE_IGNORE = (
     -100
 )  # in the masks on the device, whatever the files have: losses from elsewhere pass over it by default
+FULL_RANGE = {torch.uint8: 255.0, torch.uint16: 65535.0}  # of other numbers, `normalize` has the file's own units
 TITLES = {"test": "Test", "val": "Validation", "train": "Training"}
+
+
+log = logging.getLogger("ml_src")
 
 
 class Prediction(NamedTuple):
@@ -80,20 +87,33 @@ class Segmentation:
     )  # fmt: skip
 
     def __init__(self, config: Config) -> None:
-        if config.model.in_channels not in (1, 3):
-            raise ConfigError(
-                f"model.in_channels is {config.model.in_channels}: images are read as gray (1) or RGB (3)"
-            )
         self.config = config
-        self._pairs: dict[str, list[Pair]] = {}
+        self._pairs: dict[str, Pairs] = {}
         self._statistics: dict[torch.device, list[Tensor]] = {}
         self.data_dir = Path(config.data.data_dir)
         self.class_names = config.class_names
         self.ignore_index = config.ignore_index
-        self.train_transforms = build_transforms(config.train_transforms, config.ignore_index)
-        self.val_transforms = build_transforms(config.val_transforms, config.ignore_index)
 
-    def pairs(self, split: str) -> list[Pair]:
+    @cached_property
+    def train_transforms(self) -> Pipeline:
+        """What happens to a training sample."""
+        return build_transforms(self.config.train_transforms, self.ignore_index)
+
+    @cached_property
+    def val_transforms(self) -> Pipeline:
+        """What happens to a sample that is measured or predicted."""
+        return build_transforms(self.config.val_transforms, self.ignore_index)
+
+    def settle(self) -> Config:
+        """Return, and use from now on, the configuration with the statistics that it left to the training images."""
+        if self.config.needs_statistics:
+            images, channels = self.pairs("train").images, self.config.model.in_channels
+            with progress_bar("reading images for their statistics", len(images)) as advance:
+                found = channel_statistics(images, channels, splits.statistics_path(self.config.splits_dir), advance)
+            self.config = self.config.with_statistics(*found)
+        return self.config
+
+    def pairs(self, split: str) -> Pairs:
         """Return the image/mask pairs of `train`, `val` or `test` from the index files of the fold."""
         if split not in self._pairs:  # once: reading looks every listed file up
             name = split if split == "test" else f"fold_{self.config.data.fold}_{split}"
@@ -116,23 +136,29 @@ class Segmentation:
         """
         return splits.read_groups(self.config.splits_dir, self.pairs(split))
 
+    def _facts(self, split: str) -> list[checks.MaskFacts]:
+        """What the masks of a split hold; read in parallel, and kept beside the index files."""
+        return checks.scan(self.pairs(split), splits.cache_path(self.config.splits_dir))
+
     @cached_property
-    def _facts(self) -> dict[str, list[checks.MaskFacts]]:
-        """What the masks of the fold hold; read in parallel, once, and kept beside the index files."""
-        parts = {split: self.pairs(split) for split in ("train", *self.measured_splits())}
-        cache = splits.cache_path(self.config.splits_dir)
-        facts = iter(checks.scan([pair for pairs in parts.values() for pair in pairs], cache))
-        return {split: [next(facts) for _ in pairs] for split, pairs in parts.items()}
+    def _train_counts(self) -> list[int]:
+        return checks.class_counts(self._facts("train"), self.config.data.num_classes, self.ignore_index)
 
     def check_data(self) -> None:
-        """Check every mask of the fold against the mask rules.
+        """Check every image and mask of the fold: what `ml-check` finds that would stop the training, or spoil it.
 
         Raises: DataError that names the files.
         """
-        data = self.config.data
-        pairs = [pair for split in self._facts for pair in self.pairs(split)]
-        facts = [fact for split in self._facts.values() for fact in split]
+        data, model = self.config.data, self.config.model
+        parts = [self.pairs(split) for split in ("train", *self.measured_splits())]
+        pairs = [pair for part in parts for pair in part]
+        with progress_bar("reading masks", len(pairs)) as advance:
+            facts = checks.scan(pairs, splits.cache_path(self.config.splits_dir), advance)
         checks.check_masks(pairs, facts, data.num_classes, data.ignore_index)
+        checks.check_images(pairs, facts, model.in_channels)
+        num_alpha = sum(fact.alpha for fact in facts)
+        if num_alpha:
+            log.info("%d of %d images have an alpha channel, which is dropped", num_alpha, len(facts))
 
     def loader(
         self, split: str, order: Order | None = None, training: bool = False, pin_memory: bool = False
@@ -160,8 +186,7 @@ class Segmentation:
         """Return the loss, with `balanced` turned into the weights of the training masks."""
         loss = self.config.loss
         if loss.class_weights == "balanced":
-            counts = checks.class_counts(self._facts["train"], self.config.data.num_classes, self.ignore_index)
-            loss = loss.model_copy(update={"class_weights": balanced_weights(counts)})
+            loss = loss.model_copy(update={"class_weights": balanced_weights(self._train_counts)})
         return build_loss(loss.model_copy(update={"ignore_index": DEVICE_IGNORE}))
 
     def prepare(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -173,9 +198,10 @@ class Segmentation:
     def _normalize(self, images: Tensor, device: torch.device) -> Tensor:
         if device not in self._statistics:  # once: each is a wait for the GPU
             both = (self.val_transforms.mean, self.val_transforms.std)
-            self._statistics[device] = [torch.tensor(one, device=device).view(1, -1, 1, 1) * 255 for one in both]
+            self._statistics[device] = [torch.tensor(one, device=device).view(1, -1, 1, 1) for one in both]
         mean, std = self._statistics[device]
-        return (images.to(device, non_blocking=True).float() - mean) / std
+        scale = FULL_RANGE.get(images.dtype, 1.0)
+        return (images.to(device, non_blocking=True).float() - mean * scale) / (std * scale)
 
     def metric(self) -> SegmentationMetric:
         """Return a metric that has counted nothing."""
@@ -197,8 +223,8 @@ class Segmentation:
             for logits, size in zip(model(self._normalize(batch.images, device)), batch.sizes, strict=True):
                 pair = next(pairs)
                 labels = self._labels(logits, size)
-                truth = read_mask(pair.mask)
-                require_size(truth, size, pair.mask, pair.image)
+                truth = read_truth(pair, self.config.model.in_channels, self.ignore_index)
+                require_size(truth.shape, size, pair)
                 confusion = ConfusionMatrix(len(self.class_names), self.ignore_index)
                 confusion.update(labels, truth)
                 yield Prediction(pair, labels, confusion.matrix)
@@ -259,8 +285,7 @@ class Segmentation:
 
     def findings(self, metrics: dict[str, float], reports: dict[str, dict[str, Any]]) -> list[str]:
         """Return the guide's signs of trouble that the numbers show, each with what to try."""
-        counts = checks.class_counts(self._facts["train"], self.config.data.num_classes, self.ignore_index)
-        return findings(self.class_names, counts, metrics, reports["val"], self.ignore_index)
+        return findings(self.class_names, self._train_counts, metrics, reports["val"], self.ignore_index)
 
     @torch.inference_mode()
     def panel(self, model: nn.Module, device: torch.device) -> Image:

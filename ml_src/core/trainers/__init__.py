@@ -63,6 +63,7 @@ def train(config: Config, resume: Path | None = None, overwrite: bool = False) -
     task = task_for(config)
     with backend.main_first():
         task.check_data()
+        config = task.settle()
     training = build_training(config, task, backend, run_dir)
     if resume is None and backend.is_main:  # not before everything that a mistake in the config can stop
         open_run(run_dir, overwrite, command("ml-train --resume", run_dir, config))

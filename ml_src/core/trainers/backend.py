@@ -33,7 +33,7 @@ class Backend:
         """Which training images each step takes."""
         training = self.config.training
         return EpochOrder(
-            task.num_images("train"),
+            task.num_images("train") * self.config.data.samples_per_image,
             training.batch_size,
             training.batch_size * training.gradient_accumulation_steps * self.num_processes,
             self.config.seed,

@@ -1,111 +1,51 @@
-"""Every geometric transform of a list is composed into one map, so that image and mask are sampled once each.
+"""Every step of a list is composed into one map, so that image and mask are sampled once each.
 
-A transform only draws a `Step`; `trace` chains the steps and `resample` samples. Next to read: `intensity.py`.
-
-Coordinates are (x, y) in pixels; (0, 0) is the centre of the first pixel: an image of width w spans -0.5 to w - 0.5.
-Maps are inverse: they say where a pixel of the output comes from. Sizes are (height, width).
+`trace` chains the steps and `resample` samples; `steps.py` says what a step is, and which coordinates are meant. Next
+to read: `geometric.py`, the transforms that draw the steps.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from itertools import product
-from math import ceil, cos, inf, radians, sin, sqrt
-from typing import Any, NamedTuple
+from math import ceil, floor, inf
+from typing import Any
 
 import cv2
 import numpy as np
-from numpy.random import Generator
 from numpy.typing import NDArray
 
-from ml_src.core import transform_specs as specs
+from ml_src.core.errors import DataError
+from ml_src.core.transforms.source import Image, Mask, Size, Source, Window
+from ml_src.core.transforms.steps import Matrix, Step, shift, window
 
-Size = tuple[int, int]
-Matrix = NDArray[np.float64]  # (3, 3), acts on columns (x, y, 1)
-Image = NDArray[np.uint8]  # (H, W, C)
-Mask = NDArray[Any]  # (H, W), uint8 or uint16
+Points = NDArray[np.float32]  # (H, W, 2), x and y
+Blocks = tuple[int, int]  # height, width in pixels of what is averaged before it is sampled
 
-CELLS_PER_SIGMA = 3  # of the elastic noise grid: bilinear enlargement then keeps 99 % of the displacement
+NODES_PER_SIDE = 128  # of a view in perspective: straight from node to node, it is off by less than 0.2 pixels
+HORIZON = 1e-3  # of the third coordinate, which is 1 at the centre of the canvas and 0 infinitely far away
+REACH = 4  # canvas sides beyond the canvas: what a view in perspective shows from farther away, it shows from there
+INVERSIONS = 10  # steps of a fixed point, each nearer by the slope of the displacement
 CHANNELS_AT_ONCE = 4  # more than these, OpenCV takes only in some functions and versions
+EXACT = 1e-9  # a map that is so near to whole pixels is meant to be: the rest is rounding, in 20 000 pixels too
 
 
-class Step(NamedTuple):
-    """One drawn transform: the size of its output, and where each pixel of it comes from on the canvas before.
-
-    A point p comes from matrix @ p, or, where a displacement (grid height, grid width, 2) is given, from p plus the
-    displacement in pixels (x, y), which is interpolated from a grid that spans the canvas.
-    """
-
-    size: Size
-    matrix: Matrix
-    displacement: NDArray[np.float32] | None = None
-
-
-# The steps, as functions of plain numbers.
-
-
-def keep(size: Size) -> Step:
-    """Return the step that changes nothing."""
-    return Step(size, np.eye(3))
-
-
-def window(left: float, top: float, width: float, height: float, size: Size) -> Step:
-    """Return the step that stretches a rectangle, given by its edges in pixels of the canvas, to `size`.
-
-    The whole canvas is left = top = 0. An output pixel stands for an area, not a point, hence the halves.
-    """
-    x, y = width / size[1], height / size[0]
-    return Step(size, np.array([[x, 0, left + 0.5 * x - 0.5], [0, y, top + 0.5 * y - 0.5], [0, 0, 1]]))
-
-
-def mirror(size: Size, horizontal: bool, vertical: bool) -> Step:
-    """Return the step that swaps left and right, top and bottom, both or nothing."""
-    x, y = -1 if horizontal else 1, -1 if vertical else 1
-    last_x, last_y = (size[1] - 1) * horizontal, (size[0] - 1) * vertical
-    return Step(size, np.array([[x, 0, last_x], [0, y, last_y], [0, 0, 1]], dtype=np.float64))
-
-
-def rotate(size: Size, degrees: float) -> Step:
-    """Return the step that turns the picture counter-clockwise about the centre of its canvas, which keeps its size."""
-    c, s = cos(radians(degrees)), sin(radians(degrees))
-    x, y = (size[1] - 1) / 2, (size[0] - 1) / 2
-    return Step(size, np.array([[c, -s, x - c * x + s * y], [s, c, y - s * x - c * y], [0, 0, 1]]))
-
-
-def deform(size: Size, alpha: float, sigma: float, rng: Generator) -> Step:
-    """Return a smooth random deformation (Simard, Steinkraus, Platt 2003, section 2).
-
-    Normal noise under a Gaussian of `sigma` pixels, scaled so that the root mean square length of the displacement is
-    `alpha` pixels. The noise is drawn on a grid of a third of sigma: the Gaussian leaves nothing finer to see.
-    """
-    cell = max(1.0, sigma / CELLS_PER_SIGMA)
-    rows, columns = ceil(size[0] / cell), ceil(size[1] / cell)
-    margin = 3 * CELLS_PER_SIGMA  # three sigmas: the noise beyond the edge counts too, else the edges move most
-    noise = rng.standard_normal((rows + 2 * margin, columns + 2 * margin, 2), dtype=np.float32)
-    kernel = (2 * margin + 1, 2 * margin + 1)
-    field = cv2.GaussianBlur(noise, kernel, sigmaX=sigma * columns / size[1], sigmaY=sigma * rows / size[0])
-    field = field[margin:-margin, margin:-margin]
-    length = np.sqrt(np.mean(np.sum(field**2, axis=2)))
-    return Step(size, np.eye(3), np.ascontiguousarray(field * (alpha / length), dtype=np.float32))
-
-
-# From steps to pixels.
-
-
-def trace(steps: Sequence[Step], size: Size) -> tuple[Matrix, NDArray[np.float32] | None]:
+def trace(steps: Sequence[Step], size: Size) -> tuple[Matrix, Points | None]:
     """Follow the pixels of the last step's output back to the source image.
 
     Args:
         steps: in the order in which they act.
         size: of the last step's output.
 
-    Returns: the product of all matrices; and, where a step deforms, the source coordinates (H, W, 2) of every pixel.
-        Those are computed for one node in a square of pixels and interpolated, as no displacement is finer than that.
+    Returns: the product of all matrices; and, where a step deforms or is in perspective, the source coordinates
+        (H, W, 2) of every pixel. Those are computed for one node in a square of pixels and interpolated, as no
+        displacement is finer than that.
     """
     matrix, every = np.eye(3), inf
     for step in reversed(steps):
         if step.displacement is not None:
             rows, columns = step.displacement.shape[:2]
-            every = min(every, min(step.size[0] / rows, step.size[1] / columns) / max(_spans(matrix)))
+            cell = min(step.size[0] / rows, step.size[1] / columns)
+            every = min(every, cell / max(_spans(matrix, size, step.size)))
+        elif not _is_affine(step.matrix):
+            every = min(every, min(size) / NODES_PER_SIDE)
         matrix = step.matrix @ matrix
     if every == inf:
         return matrix, None
@@ -113,32 +53,69 @@ def trace(steps: Sequence[Step], size: Size) -> tuple[Matrix, NDArray[np.float32
     rows, columns = ceil(size[0] / every) + 2, ceil(size[1] / every) + 2  # one beyond each edge
     points = _grid(window(-every, -every, columns * every, rows * every, (rows, columns)).matrix, (rows, columns))
     for step in reversed(steps):
-        if step.displacement is None:
-            points = cv2.transform(points, step.matrix[:2])
-        else:
-            points = points + _look_up(step.displacement, step.size, points)
+        points = back(step, points)
     points = cv2.resize(points, (columns * every, rows * every), interpolation=cv2.INTER_LINEAR)
     return matrix, points[every : every + size[0], every : every + size[1]]
 
 
-def resample(image: Image, mask: Mask | None, steps: Sequence[Step], ignore_index: int) -> tuple[Image, Mask | None]:
+def back(step: Step, points: Points) -> Points:
+    """Where points (H, W, 2) of a step's output come from on the canvas before it."""
+    if step.displacement is not None:
+        return points + _look_up(step.displacement, step.size, points)
+    if _is_affine(step.matrix):
+        return np.asarray(cv2.transform(points, step.matrix[:2]), np.float32)
+    x, y, third = cv2.split(cv2.transform(points, step.matrix))
+    third = np.maximum(third, HORIZON)  # what lies behind the horizon is shown from far away before it
+    (height, width) = step.size
+    x = np.clip(x / third, -REACH * width, (REACH + 1) * width)
+    y = np.clip(y / third, -REACH * height, (REACH + 1) * height)
+    return np.stack((x, y), axis=-1)
+
+
+def forth(steps: Sequence[Step], row: int, column: int) -> tuple[float, float] | None:
+    """Where a pixel of the source lies, (y, x), on the canvas after the steps; None if behind a horizon."""
+    x, y = float(column), float(row)
+    for step in steps:
+        if step.displacement is None:
+            x, y, third = np.linalg.solve(step.matrix, (x, y, 1.0)).tolist()
+            if third <= 0:
+                return None
+            x, y = x / third, y / third
+        else:
+            target = np.array([[[x, y]]], np.float32)
+            point = target
+            for _ in range(INVERSIONS):
+                point = target - _look_up(step.displacement, step.size, point)
+            x, y = point[0, 0].tolist()
+    return y, x
+
+
+def resample(source: Source, steps: Sequence[Step], ignore_index: int) -> tuple[Image, Mask | None]:
     """Sample image (bilinear) and mask (nearest neighbour) once each, however many steps there are.
 
     The image is mirrored at its edges; the mask is `ignore_index` wherever a pixel comes from outside the source image.
     What one step pushes off the canvas and a later one brings back is still there, with its labels.
-    A list that only mirrors, or does nothing, copies pixels and is exact.
+    Whole pixels that are only moved, mirrored or turned by right angles are copied, without a change. Of a source that
+    is read by windows, only the rectangle that the output needs is read.
+
+    Raises: DataError if image and mask differ in size, or the mask's dtype cannot hold ignore_index.
     """
-    source, size = (image.shape[0], image.shape[1]), steps[-1].size if steps else image.shape[:2]
+    size = steps[-1].size if steps else source.size
     matrix, points = trace(steps, size)
-    if points is None and size == source:
-        for vertical, horizontal in product((False, True), repeat=2):
-            if np.array_equal(matrix, mirror(size, horizontal, vertical).matrix):
-                rows, columns = slice(None, None, -1 if vertical else 1), slice(None, None, -1 if horizontal else 1)
-                return image[rows, columns], None if mask is None else mask[rows, columns]
+    blocks = _blocks(matrix, size, source.size)
+    part = _needed(matrix, points, size, source.size, blocks) if source.windowed else None
+    image, mask = source.read(part)
+    if mask is not None:
+        _check(image, mask, ignore_index)
+    if part is not None:
+        matrix = shift(source.size, part.left, part.top).matrix @ matrix
+        points = None if points is None else points - np.array((part.left, part.top), np.float32)
+    if points is None and _is_copy(matrix, size, (image.shape[0], image.shape[1])):
+        return _copy(image, matrix, size), None if mask is None else _copy(mask, matrix, size)
     if mask is not None:
         mask = _warp(mask, matrix, points, size, cv2.INTER_NEAREST, cv2.BORDER_CONSTANT, ignore_index)
-    if max(_spans(matrix)) > 2:
-        image, to_reduced = _reduce(image, matrix)
+    if blocks != (1, 1):
+        image, to_reduced = _reduce(image, blocks)
         points = None if points is None else cv2.transform(points, to_reduced[:2])
         matrix = to_reduced @ matrix
 
@@ -159,8 +136,22 @@ def by_channels(function: Callable[[NDArray[Any]], NDArray[Any]], image: NDArray
     return groups[0] if len(groups) == 1 else np.concatenate(groups, axis=2)
 
 
-def _grid(matrix: Matrix, size: Size) -> NDArray[np.float32]:
-    """The coordinates (H, W, 2) that `matrix` gives to every pixel of a canvas."""
+def _check(image: Image, mask: Mask, ignore_index: int) -> None:
+    if mask.shape != image.shape[:2]:
+        raise DataError(
+            f"an image of {image.shape[1]} x {image.shape[0]} pixels has a mask of shape {mask.shape}: "
+            "both must have the same height and width, and the mask one channel"
+        )
+    if ignore_index > np.iinfo(mask.dtype).max:
+        raise DataError(f"ignore_index is {ignore_index}, more than a mask of {mask.dtype} can hold: read it as uint16")
+
+
+def _is_affine(matrix: Matrix) -> bool:
+    return bool((matrix[2] == (0, 0, 1)).all())
+
+
+def _grid(matrix: Matrix, size: Size) -> Points:
+    """The coordinates (H, W, 2) that an affine `matrix` gives to every pixel of a canvas."""
     x, y = np.arange(size[1]), np.arange(size[0])[:, None]
     points = np.empty((*size, 2), np.float32)
     for axis in range(2):
@@ -168,42 +159,112 @@ def _grid(matrix: Matrix, size: Size) -> NDArray[np.float32]:
     return points
 
 
-def _look_up(displacement: NDArray[np.float32], size: Size, points: NDArray[np.float32]) -> NDArray[np.float32]:
+def _look_up(displacement: NDArray[np.float32], size: Size, points: Points) -> Points:
     """The displacement (H, W, 2) at points of a canvas of `size`, which the displacement's grid spans."""
     rows, columns = displacement.shape[:2]
     to_grid = window(0, 0, columns, rows, size).matrix
     at = cv2.transform(points, to_grid[:2])
-    values: NDArray[np.float32] = cv2.remap(displacement, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    values: Points = cv2.remap(displacement, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     return values
 
 
-def _spans(matrix: Matrix) -> tuple[float, float]:
-    """How many source pixels a pixel of the output spans along the source's x and along its y."""
-    return float(np.hypot(*matrix[0, :2])), float(np.hypot(*matrix[1, :2]))
+def _spans(matrix: Matrix, size: Size, source: Size) -> tuple[float, float]:
+    """How many pixels of the source a pixel of an output of `size` spans along the source's x and along its y.
 
-
-def _reduce(image: Image, matrix: Matrix) -> tuple[Image, Matrix]:
-    """Average whole blocks of pixels along the axes that shrink more than twofold: bilinear alone would skip pixels.
-
-    Returns the reduced image and the map from source coordinates to its coordinates.
+    In perspective it is the median over what the output shows of the source: nowhere in it does a pixel span much more
+    than twice that, which is what bilinear sampling covers, and the largest would blur all the rest.
     """
-    height, width = image.shape[:2]
-    across, down = (min(int(s), n) if s > 2 else 1 for s, n in zip(_spans(matrix), (width, height), strict=True))
+    if _is_affine(matrix):
+        return float(np.hypot(*matrix[0, :2])), float(np.hypot(*matrix[1, :2]))
+    x, y = np.meshgrid(np.linspace(0, size[1] - 1, 9), np.linspace(0, size[0] - 1, 9))
+    u, v, third = matrix @ (x.ravel(), y.ravel(), np.ones(x.size))
+    u, v = u / np.maximum(third, HORIZON), v / np.maximum(third, HORIZON)
+    seen = (third > HORIZON) & (u > -1) & (u < source[1]) & (v > -1) & (v < source[0])
+    if not seen.any():
+        return 1.0, 1.0
+    across, down = (
+        np.median(np.hypot(*(matrix[axis, :2, None] - at * matrix[2, :2, None]) / third)[seen])
+        for axis, at in enumerate((u, v))
+    )
+    return float(across), float(down)
+
+
+def _blocks(matrix: Matrix, size: Size, source: Size) -> Blocks:
+    """What to average: whole pixels along the axes that shrink more than twofold; bilinear alone would skip pixels."""
+    across, down = _spans(matrix, size, source)
+    return min(int(down), source[0]) if down > 2 else 1, min(int(across), source[1]) if across > 2 else 1
+
+
+def _reduce(image: Image, blocks: Blocks) -> tuple[Image, Matrix]:
+    """Average blocks of pixels. Returns the reduced image and the map from source coordinates to its coordinates."""
+    (height, width), (down, across) = image.shape[:2], blocks
     rows, columns = ceil(height / down), ceil(width / across)
     bottom, right = rows * down - height, columns * across - width  # filled up to whole blocks
 
     def average(channels: NDArray[Any]) -> NDArray[Any]:
         filled = cv2.copyMakeBorder(channels, 0, bottom, 0, right, cv2.BORDER_REFLECT)
-        blocks: NDArray[Any] = cv2.resize(filled, (columns, rows), interpolation=cv2.INTER_AREA)
-        return blocks
+        averaged: NDArray[Any] = cv2.resize(filled, (columns, rows), interpolation=cv2.INTER_AREA)
+        return averaged
 
     return by_channels(average, image), window(0, 0, columns, rows, (rows * down, columns * across)).matrix
+
+
+def _needed(matrix: Matrix, points: Points | None, size: Size, source: Size, blocks: Blocks) -> Window:
+    """The rectangle of the source from which the output is sampled, what is mirrored into it included."""
+    if points is None:
+        right, bottom = size[1] - 1.0, size[0] - 1.0
+        points = cv2.transform(np.array([[(0, 0), (right, 0), (0, bottom), (right, bottom)]]), matrix[:2])
+    (left, top), (right, bottom) = points.min(axis=(0, 1)), points.max(axis=(0, 1))
+    top, bottom = _interval(top, bottom, source[0], blocks[0])
+    left, right = _interval(left, right, source[1], blocks[1])
+    return Window(top, left, bottom - top, right - left)
+
+
+def _interval(low: float, high: float, length: int, block: int) -> tuple[int, int]:
+    """From where to where an axis is needed for samples between two coordinates; whole blocks, or up to the end."""
+    count = ceil(length / block)
+    first, last = floor((low + 0.5) / block - 0.5) - 1, ceil((high + 0.5) / block - 0.5) + 1  # bilinear: one more
+    start, stop = max(first, 0), min(last + 1, count)
+    if first < 0:  # seen in the mirror at the beginning: 0 to -first - 1
+        stop = max(stop, min(-first, count))
+    if last >= count:  # and in the one at the end
+        start = min(start, max(2 * count - 1 - last, 0))
+    return start * block, min(stop * block, length)
+
+
+def _is_copy(matrix: Matrix, size: Size, source: Size) -> bool:
+    """Whether the map only moves whole pixels, all from inside the source: one of eight symmetries, and a shift."""
+    whole = np.rint(matrix)
+    turn = np.abs(whole[:2, :2]).tolist()
+    if np.abs(matrix - whole).max() > EXACT or turn not in ([[1, 0], [0, 1]], [[0, 1], [1, 0]]):
+        return False
+    corners = whole[:2] @ ((0, size[1] - 1), (0, size[0] - 1), (1, 1))
+    return bool((corners >= 0).all() and (corners < [[source[1]], [source[0]]]).all())
+
+
+def _copy(values: NDArray[Any], matrix: Matrix, size: Size) -> NDArray[Any]:
+    """Cut (H, W) or (H, W, C) out, turned and mirrored as the matrix says; a view where it is only cut."""
+    whole = np.rint(matrix).astype(int)
+    corners = whole[:2] @ ((0, size[1] - 1), (0, size[0] - 1), (1, 1))
+    (left, top), (right, bottom) = corners.min(axis=1), corners.max(axis=1)
+    part = values[top : bottom + 1, left : right + 1]
+    turned = whole[0, 0] == 0
+    horizontal, vertical = whole[:2, :2].sum(axis=0) < 0
+
+    def turn(channels: NDArray[Any]) -> NDArray[Any]:  # by OpenCV, ten times as fast as copies of NumPy's views
+        channels = cv2.transpose(channels) if turned else channels
+        return cv2.flip(channels, -1 if horizontal and vertical else 1 if horizontal else 0) if mirrored else channels
+
+    mirrored = horizontal or vertical
+    if not (turned or mirrored):
+        return part
+    return turn(part) if part.ndim == 2 else by_channels(turn, part)
 
 
 def _warp(
     values: NDArray[Any],
     matrix: Matrix,
-    points: NDArray[np.float32] | None,
+    points: Points | None,
     size: Size,
     interpolation: int,
     border: int,
@@ -219,92 +280,3 @@ def _warp(
     else:
         warped = cv2.remap(values, points, None, interpolation, borderMode=border, borderValue=outside)
     return warped
-
-
-# The transforms, as the configuration names them.
-
-
-class Geometric(ABC):
-    """Moves pixels: image and mask alike."""
-
-    @abstractmethod
-    def draw(self, size: Size, rng: Generator, step_rng: Generator) -> Step:
-        """Draw this sample's step.
-
-        Args:
-            size: of the canvas that the step acts on.
-            rng: of this sample.
-            step_rng: the same for all samples of a step; for what must agree in a batch.
-        """
-
-
-class Resize(Geometric):
-    """Stretch to one size."""
-
-    def __init__(self, spec: specs.Resize):
-        self.size = spec.size
-
-    def draw(self, size: Size, rng: Generator, step_rng: Generator) -> Step:
-        return window(0, 0, size[1], size[0], self.size)
-
-
-class RandomHorizontalFlip(Geometric):
-    """Swap left and right, or not."""
-
-    def __init__(self, spec: specs.RandomHorizontalFlip):
-        self.p = spec.p
-
-    def draw(self, size: Size, rng: Generator, step_rng: Generator) -> Step:
-        return mirror(size, horizontal=rng.random() < self.p, vertical=False)
-
-
-class RandomVerticalFlip(Geometric):
-    """Swap top and bottom, or not."""
-
-    def __init__(self, spec: specs.RandomVerticalFlip):
-        self.p = spec.p
-
-    def draw(self, size: Size, rng: Generator, step_rng: Generator) -> Step:
-        return mirror(size, horizontal=False, vertical=rng.random() < self.p)
-
-
-class RandomRotation(Geometric):
-    """Turn about the centre by an angle between -degrees and +degrees."""
-
-    def __init__(self, spec: specs.RandomRotation):
-        self.degrees, self.p = spec.degrees, spec.p
-
-    def draw(self, size: Size, rng: Generator, step_rng: Generator) -> Step:
-        return rotate(size, rng.uniform(-self.degrees, self.degrees)) if rng.random() < self.p else keep(size)
-
-
-class RandomResizeCrop(Geometric):
-    """Stretch a random rectangle, or the whole canvas, to a size that is drawn once for the batch.
-
-    The rectangle has the proportions of that size, so that nothing is distorted; it is made smaller where it would not
-    fit into the canvas, and its place is uniform.
-    """
-
-    def __init__(self, spec: specs.RandomResizeCrop):
-        self.sizes, self.p, self.scale = spec.sizes, spec.p, spec.scale
-
-    def draw(self, size: Size, rng: Generator, step_rng: Generator) -> Step:
-        target = self.sizes[step_rng.integers(len(self.sizes))]
-        (height, width), (rows, columns) = size, target
-        if rng.random() >= self.p:
-            return window(0, 0, width, height, target)
-        zoom = sqrt(rng.uniform(*self.scale) * height * width / (rows * columns))  # canvas pixels an output pixel spans
-        zoom = min(zoom, height / rows, width / columns)
-        # max: rounding may leave a room of -1e-14
-        left, top = rng.uniform(0, max(0.0, width - zoom * columns)), rng.uniform(0, max(0.0, height - zoom * rows))
-        return window(left, top, zoom * columns, zoom * rows, target)
-
-
-class Elastic(Geometric):
-    """Deform smoothly, or not."""
-
-    def __init__(self, spec: specs.Elastic):
-        self.alpha, self.sigma, self.p = spec.alpha, spec.sigma, spec.p
-
-    def draw(self, size: Size, rng: Generator, step_rng: Generator) -> Step:
-        return deform(size, self.alpha, self.sigma, rng) if rng.random() < self.p else keep(size)

@@ -1,0 +1,183 @@
+"""What must be known of a picture before its pixels are decoded. Next to read: `files.py`, which decodes them.
+
+Pillow reads the headers of PNG, JPEG, BMP and WebP; tifffile those of TIFFs, which may have any number of bands and any
+number type.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from PIL import Image, UnidentifiedImageError
+
+from ml_src.core.errors import DataError
+
+# What is too large is found by its header, in `require_decodable`.
+Image.MAX_IMAGE_PIXELS = None
+MAX_DECODED = 2 << 30  # bytes
+# From so many pixels on it pays to read only a part.
+MIN_WINDOWED = 1 << 20
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+LFS_START = b"version https://git-lfs"
+# TIFF tags.
+ORIENTATION, GEO_TAGS = 274, {33550, 34264, 34735, 42113}  # scale, matrix, keys; what GDAL calls nodata
+
+
+@dataclass(frozen=True)
+class Header:
+    """A picture's description; sizes in pixels, upright. `samples` counts all stored channels, `colours` not alpha."""
+
+    format: str  # as Pillow names it: PNG, JPEG, TIFF, ...
+    height: int
+    width: int
+    orientation: int  # EXIF: 1 is upright, 5 to 8 lie on their side
+    pages: int
+    samples: int
+    colours: int
+    bits: int  # per sample
+    number: str  # uint, signed, float, complex
+    mode: str = ""  # Pillow's; empty for a TIFF
+    photometric: int = 1  # of a TIFF: 0 white is zero, 1 gray, 2 RGB, 3 palette, 6 YCbCr
+    compression: int = 1  # of a TIFF
+    palette: bool = False
+    geo: bool = False
+    windowed: bool = False  # a part can be read without decoding the rest, and that pays
+
+    @property
+    def lossy(self) -> bool:
+        """Whether it is a JPEG; 6 and 7 are the two kinds inside a TIFF."""
+        return self.format in ("JPEG", "MPO") or self.compression in (6, 7)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The number type of the array that is read: uint8, uint16, int16, and float32 for all else."""
+        if self.number == "uint" and self.bits <= 16:
+            return np.dtype(np.uint8 if self.bits <= 8 else np.uint16)
+        if self.number == "signed" and self.bits <= 16:
+            return np.dtype(np.int16)
+        return np.dtype(np.float32)
+
+    @property
+    def described(self) -> str:
+        """Channels and number type in words: "4 channels of uint16"."""
+        number = {"uint": "uint", "signed": "int"}.get(self.number, self.number)
+        return f"{self.samples} channel{'s' * (self.samples != 1)} of {number}{self.bits}"
+
+
+def read_header(path: Path) -> Header:
+    """Read the header alone.
+
+    Raises: DataError for a file that is missing, empty, a Git LFS pointer, or no image.
+    """
+    with opened(path) as (_, header):
+        return header
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[Any, Header]]:
+    """Open a file as Pillow's image, or as tifffile's TIFF, with its header.
+
+    Whatever goes wrong, also while pixels are decoded inside the `with`, becomes a DataError.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(26)
+            file.seek(0)
+            if start.startswith(TIFF_STARTS):
+                with tifffile.TiffFile(file, name=path.name) as tiff:
+                    yield tiff, _tiff_header(tiff)
+            else:
+                _require_picture(path, start)
+                with Image.open(file) as image:
+                    yield image, _pillow_header(image, start)
+    except (DataError, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path} is no image that can be read: replace the file or remove the pair") from error
+    except Exception as error:  # on damaged files decoders raise nearly anything: OSError, SyntaxError, struct.error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DataError(f"{path} cannot be read ({reason}): replace the file or remove the pair") from error
+
+
+def _require_picture(path: Path, start: bytes) -> None:
+    if not start:
+        raise DataError(f"{path} is empty: restore the file or remove the pair")
+    if start.startswith(LFS_START):
+        raise DataError(f"{path} is a Git LFS pointer, not the picture itself: run git lfs pull")
+
+
+def _pillow_header(image: Image.Image, start: bytes) -> Header:
+    form, (width, height) = image.format or "", image.size
+    samples = len(image.getbands())
+    orientation = pages = 1
+    if form != "MPO":  # the further pictures of a phone's JPEG are previews
+        pages = getattr(image, "n_frames", 1)
+    if form != "PNG" or "exif" in image.info:  # for a PNG without, getexif() would decode the pixels
+        orientation = image.getexif().get(ORIENTATION, 1)
+    if orientation in (5, 6, 7, 8):
+        height, width = width, height
+    return Header(
+        format=form,
+        height=height,
+        width=width,
+        orientation=orientation,
+        pages=pages,
+        samples=samples,
+        colours=samples - image.mode.endswith(("A", "a")),
+        bits=start[24] if form == "PNG" else 8,  # IHDR; Pillow's mode hides 16 bits of RGB
+        number="uint",
+        mode=image.mode,
+        palette=image.mode in ("P", "PA"),
+    )
+
+
+def _tiff_header(tiff: tifffile.TiffFile) -> Header:
+    page: Any = tiff.pages.first
+    extra = [int(kind) for kind in page.extrasamples]
+    unnamed_alpha = page.samplesperpixel == 4 and not extra and page.photometric == 2
+    height, width = int(page.imagelength), int(page.imagewidth)
+    tag = page.tags.get(ORIENTATION)
+    orientation = 1 if tag is None else int(tag.value)
+    tall = int(page.tilelength if page.is_tiled else page.rowsperstrip)
+    return Header(
+        format="TIFF",
+        height=width if orientation in (5, 6, 7, 8) else height,
+        width=height if orientation in (5, 6, 7, 8) else width,
+        orientation=orientation,
+        pages=_num_pages(tiff),
+        samples=int(page.samplesperpixel),
+        colours=int(page.samplesperpixel) - sum(kind in (1, 2) for kind in extra) - unnamed_alpha,
+        bits=int(page.bitspersample),
+        number={2: "signed", 3: "float", 5: "complex", 6: "complex"}.get(int(page.sampleformat), "uint"),
+        photometric=int(page.photometric),
+        compression=int(page.compression),
+        palette=page.photometric == 3,
+        geo=not GEO_TAGS.isdisjoint(page.tags.keys()),
+        windowed=height * width >= MIN_WINDOWED and tall < height and orientation == 1,
+    )
+
+
+def _num_pages(tiff: tifffile.TiffFile) -> int:
+    """Count pictures, not the reduced copies (overviews) and validity masks that a GeoTIFF keeps beside its one."""
+    if tiff.is_imagej and len(tiff.pages) == 1:  # ImageJ writes the header of the first picture only
+        return int((tiff.imagej_metadata or {}).get("images", 1))
+    return sum(not int(getattr(page, "subfiletype", 0)) & 0b101 for page in tiff.pages)
+
+
+def require_decodable(path: Path, header: Header) -> None:
+    """Refuse by its header what would fill the memory once decoded.
+
+    Raises: DataError with the size.
+    """
+    size = header.height * header.width * header.samples * max(1, header.bits // 8)
+    if size > MAX_DECODED and not header.windowed:
+        raise DataError(
+            f"{path} is {header.width}x{header.height} pixels, {size / 2**30:.1f} GiB once decoded, where "
+            f"{MAX_DECODED >> 30} are the limit: save it as a tiled TIFF, of which parts can be read, or cut it up"
+        )
