@@ -58,10 +58,13 @@ def _init_config(argv: Sequence[str]) -> int:
 
     table = Table(title=str(args.data), show_header=False)
     heights, widths = zip(*data.sizes, strict=True)
+    colours = {1: "gray", 3: "RGB"}.get(data.channels, f"{data.channels} bands")
     rows = {
-        "images": f"{data.num_images}, {'RGB' if data.channels == 3 else 'gray'}, 8 bit",
+        "images": f"{data.num_images}, {colours}, {data.dtype}{', GeoTIFF' if data.geo else ''}",
         "height x width": f"{min(heights)}x{min(widths)} to {max(heights)}x{max(widths)}",
-        "mean, std (0..1)": f"{data.mean}, {data.std}",
+        "mean, std": "of the training images, computed when training starts"
+        if data.mean == "data"
+        else f"{data.mean}, {data.std} of the full range",
         "classes": ", ".join(f"{n} {s:.1%}" for n, s in zip(data.class_names, data.shares, strict=True)),
         "ignored": f"{data.ignored:.1%} (value {data.ignore_index})" if data.ignored else "nothing",
         "folds": str(data.folds) if data.folds else "none yet",

@@ -30,6 +30,7 @@ class Description:
     num_training: int  # about, in a fold
     sizes: list[tuple[int, int]]  # height, width of each image
     channels: int
+    dtype: str  # of the pixels
     mean: list[float] | str  # per channel, 0..1; "data": to be computed when training starts
     std: list[float] | str
     geo: bool  # all are GeoTIFFs, whose pixels have a size on the ground
@@ -81,6 +82,7 @@ def describe(data_dir: Path, splits_dir: Path | None = None) -> Description:
         num_training=len(splits.read_split(splits_dir, data_dir, "fold_0_train")) if folds else len(pairs) * 2 // 3,
         sizes=[(info.height, info.width) for info in infos],
         channels=channels,
+        dtype=infos[0].dtype,
         mean=mean,
         std=std,
         geo=all(info.geo for info in infos),

@@ -209,7 +209,7 @@ def turned_sketch(values: np.ndarray, turn: Callable[[np.ndarray], np.ndarray]) 
 
 
 def test_the_search_finds_what_comparing_all_pairs_in_all_orientations_finds():
-    # 1200 sketches around 150 centres, more than are compared at once, turned at random, with differences on both sides of the limit
+    # 1200 sketches, more than are compared at once, around 150 centres, turned, with differences around the limit
     draw = np.random.default_rng(0)
     turns = list(TURNS.values())
     centres = draw.normal(0, 30, (150, 16, 16))

@@ -193,7 +193,7 @@ def test_an_unknown_colour_is_named_with_its_pixels():
     with pytest.raises(DataError) as error:
         ColourMap({(0, 0, 0): 0}, Path("t.csv")).classes_of(pixels, Path("a.png"))
     assert str(error.value) == (
-        "a.png has 3 pixels of colour 9,8,7 and 1 more colours (4 pixels in all), which t.csv does not list: "
+        "a.png has 3 pixels of colour 9,8,7 and of others, 4 in all, which t.csv does not list: "
         "which class is it? Add it to the table"
     )
 

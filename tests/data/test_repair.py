@@ -14,7 +14,8 @@ from ml_src.core.data import repair
 from ml_src.core.data.checks import check_masks, scan
 from ml_src.core.data.files import Pair, find_pairs, read_mask
 from ml_src.core.data.headers import read_header
-from ml_src.core.data.inspection import inspect_all
+from ml_src.core.data.inspection import Look, inspect_all
+from ml_src.core.data.layouts import find_files
 from ml_src.core.data.repair import Outcome, fix, undo
 from ml_src.core.errors import DataError
 
@@ -43,10 +44,14 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
+def looks_of(data: Path) -> list[Look]:
+    return inspect_all(find_files(data))
+
+
 def mended(data: Path, **how: object) -> Outcome:
     """Fix into DATA/masks_fixed; whatever happens, nothing else may have changed."""
     before = digests(data, but="masks_fixed")
-    outcome = fix(inspect_all(data), data, data / "masks_fixed", **how)
+    outcome = fix(looks_of(data), data, data / "masks_fixed", **how)
     assert digests(data, but="masks_fixed") == before
     return outcome
 
@@ -156,7 +161,7 @@ def test_a_jpeg_of_two_classes_is_cut_in_the_middle_and_the_share_told(data):
     ]
     assert outcome.lines[3].endswith(" % of all pixels lay between clean values and took the nearest")
     np.testing.assert_array_equal(result(data, "b"), TWO)
-    counts = [entry["blended_pixels"] for entry in record(data)["masks"]]
+    counts = [entry.get("blended_pixels", 0) for entry in record(data)["masks"]]
     stored = [np.asarray(Image.open(data / f"masks/{stem}.jpg")) for stem in "ab"]
     assert counts == [int(((pixels != 0) & (pixels != 255)).sum()) for pixels in stored]
 
@@ -320,8 +325,8 @@ def test_several_masks_of_an_image_are_a_question(data):
         save(data / "masks" / name, TWO)
     outcome = mended(data)
     assert outcome.lines == [
-        "1 images have several masks (a has 2): how do they become one? Add --merge union where all show the same "
-        "class, or put the masks of each class into a folder of its own, masks/CLASS/STEM.png"
+        "several masks belong to one image in 1 of 2 cases (a has 2): how do they become one? Add --merge union where "
+        "all show the same class, or put the masks of each class into a folder of its own, masks/CLASS/STEM.png"
     ]
     assert outcome.refused == 2
 
@@ -479,7 +484,7 @@ def test_a_changed_file_is_never_replaced(fixed):
     save(fixed / "masks_fixed/b.png", 1 - TWO)
     before = digests(fixed)
     with pytest.raises(DataError, match=r"holds files that were changed since they were written \(b\.png\)"):
-        fix(inspect_all(fixed), fixed, fixed / "masks_fixed")
+        fix(looks_of(fixed), fixed, fixed / "masks_fixed")
     assert digests(fixed) == before
 
 
@@ -488,9 +493,9 @@ def test_a_folder_with_other_files_is_refused(data):
     (data / "other").mkdir()
     (data / "other/notes.txt").write_text("mine")
     with pytest.raises(DataError, match=r"other holds files but no fixes\.json of ours"):
-        fix(inspect_all(data), data, data / "other")
+        fix(looks_of(data), data, data / "other")
     (data / "other/fixes.json").write_text('{"masks": []}')
-    for action in (lambda: fix(inspect_all(data), data, data / "other"), lambda: undo(data / "other")):
+    for action in (lambda: fix(looks_of(data), data, data / "other"), lambda: undo(data / "other")):
         with pytest.raises(DataError, match=r"fixes\.json is no record of ml-check --fix"):
             action()
 
@@ -498,7 +503,7 @@ def test_a_folder_with_other_files_is_refused(data):
 def test_the_masks_own_folder_is_refused(data):
     save(data / "masks/a.png", TWO * 255)
     with pytest.raises(DataError, match=r"masks holds masks to repair \(a\.png\): give another folder"):
-        fix(inspect_all(data), data, data / "masks")
+        fix(looks_of(data), data, data / "masks")
 
 
 def test_a_record_that_points_elsewhere_removes_nothing(fixed):
@@ -522,7 +527,7 @@ def test_where_nothing_can_be_written_nothing_is(data):
     before = digests(data)
     for output in (data / "masks/a.png", data / "masks/a.png/below"):
         with pytest.raises((DataError, OSError)):
-            fix(inspect_all(data), data, output)
+            fix(looks_of(data), data, output)
     assert digests(data) == before
 
 
@@ -539,14 +544,14 @@ def test_a_disk_that_fails_in_the_middle_leaves_the_earlier_result(fixed, monkey
 
     monkeypatch.setattr(repair, "replacing", full)
     with pytest.raises(OSError, match="No space left"):
-        fix(inspect_all(fixed), fixed, fixed / "masks_fixed")
+        fix(looks_of(fixed), fixed, fixed / "masks_fixed")
     assert digests(fixed) == before
 
 
 def test_a_mask_that_vanishes_after_the_look_is_refused(data):
     for stem in "ab":
         save(data / f"masks/{stem}.png", TWO * 255)
-    looks = inspect_all(data)
+    looks = looks_of(data)
     (data / "masks/b.png").unlink()
     outcome = fix(looks, data, data / "masks_fixed")
     assert outcome.refused == 1 and outcome.lines[-1] == f"  {data / 'masks/b.png'} does not exist"
@@ -576,7 +581,7 @@ def test_real_bad_masks_pass_the_rules_afterwards(real_data, tmp_path, name, how
     if "colors" in how:
         how = {"colors": data / "colors.csv"}
         how["colors"].write_text("r,g,b,class\n0,0,0,0\n0,255,0,1\n255,0,0,2\n")
-    looks = inspect_all(data)
+    looks = looks_of(data)
     outcome = mended(data, **how)
     assert outcome.refused == 0
     images = {look.image.path.stem: look.image.path for look in looks if look.image}

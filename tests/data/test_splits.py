@@ -327,7 +327,9 @@ def test_what_is_written_is_read(tmp_path):
     pairs = pairs_of(tmp_path, *NAMES)
     write_splits(TWO_FOLDS, pairs, tmp_path, tmp_path / "elsewhere" / "splits", force=False)
     for name, indices in (("test", [2]), ("fold_0_train", [1]), ("fold_1_val", [1])):
-        assert list(read_split(tmp_path / "elsewhere" / "splits", tmp_path, name)) == [pairs[index] for index in indices]
+        assert list(read_split(tmp_path / "elsewhere" / "splits", tmp_path, name)) == [
+            pairs[index] for index in indices
+        ]
 
 
 def test_masks_may_lie_outside_the_data_folder(tmp_path):

@@ -149,6 +149,44 @@ def test_noise_is_normal_without_bias_and_independent_between_channels_and_pixel
     assert abs(np.mean(values[:, 1:] * values[:, :-1])) < 0.03
 
 
+def noise_field(seed=0):
+    """Noise of 25.5 levels on mid grey in (256, 256), which no clipping reaches often."""
+    image = np.full((256, 256, 1), 128, np.uint8)
+    return intensity.add_noise(image, 25.5, np.random.default_rng(seed))[:, :, 0].astype(float) - 128
+
+
+def test_noise_has_no_pattern():
+    """No two pixels at any distance, of one image or of two, depend on each other more than chance lets them."""
+    first, second = noise_field(0) / 25.5, noise_field(1) / 25.5
+    spectra = np.fft.fft2(first), np.fft.fft2(second)
+    for one, other in ((0, 0), (0, 1)):
+        correlation = np.fft.ifft2(spectra[one] * spectra[other].conj()).real / first.size
+        correlation[0, 0] = 0
+        assert np.abs(correlation).max() < 6 / 256  # standard deviations of the mean of 65 536 products
+    assert np.abs(np.fft.ifft2(np.abs(np.fft.fft2(first**2 - 1)) ** 2).real.ravel()[1:]).max() / 2 < 6 * 256
+
+
+def test_noise_is_normal_into_its_tails():
+    values = np.concatenate([noise_field(seed).ravel() for seed in range(8)]) / 25.5
+    assert abs(values.mean()) < 4 / len(values) ** 0.5
+    assert values.std() == pytest.approx(1, abs=0.005)
+    half = 0.5 / 25.5  # levels are whole
+    for sigmas, share in ((1, 0.6827), (2, 0.9545), (3, 0.9973)):
+        below = np.mean(np.abs(values) <= sigmas - half) / 2 + np.mean(np.abs(values) <= sigmas + half) / 2
+        assert below == pytest.approx(share, abs=0.012 if sigmas == 1 else 0.004 / sigmas)
+
+
+def test_noise_is_a_function_of_the_generator():
+    np.testing.assert_array_equal(noise_field(3), noise_field(3))
+    assert (noise_field(3) != noise_field(4)).mean() > 0.9
+
+
+def test_noise_fits_every_size():
+    for shape in ((1, 1, 1), (3, 5, 1), (7, 3, 5)):
+        image = np.full(shape, 100, np.uint8)
+        assert intensity.add_noise(image, 5.0, np.random.default_rng(0)).shape == shape
+
+
 def test_noise_saturates_instead_of_wrapping():
     noise = intensity.GaussianNoise(specs.GaussianNoise(type="gaussian_noise", std=0.1, p=1.0))
     assert applied(noise, np.full((32, 32, 3), 255, np.uint8)).min() > 100
@@ -171,6 +209,44 @@ def test_blur_has_the_width_that_was_drawn(channels):
         assert profile @ (np.arange(33) - 16.0) ** 2 - 2 / 3 == pytest.approx(sigma**2, rel=0.1)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_gamma_is_torchvisions(seed):
+    image, rng = random_image(20, 20, 3), np.random.default_rng(seed)
+    rng.random()
+    expected = by_torchvision(functional.adjust_gamma, image, rng.uniform(0.4, 2.5))
+    gamma = intensity.RandomGamma(specs.RandomGamma(type="random_gamma", gamma=[0.4, 2.5], p=1.0))
+    assert difference(applied(gamma, image, seed), expected) <= 1
+
+
+def dropout(**changes):
+    return intensity.CoarseDropout(specs.CoarseDropout(type="coarse_dropout", p=1.0, **changes))
+
+
+def test_holes_are_rectangles_of_the_mean_or_of_mid_grey():
+    image = random_image(40, 60, 3) // 4 + 180
+    normalize = intensity.Normalize(specs.Normalize(type="normalize", mean=[0.1, 0.2, 0.3], std=[1.0]))
+    for statistics, colour in ((normalize, (26, 51, 76)), (None, (128, 128, 128))):
+        for seed in range(10):
+            pixels = Pixels(image, statistics)
+            dropout(num_holes=[1, 1], size=[0.1, 0.5]).apply(pixels, np.random.default_rng(seed))
+            filled = (pixels.image == colour).all(axis=2)
+            rows, columns = np.flatnonzero(filled.any(axis=1)), np.flatnonzero(filled.any(axis=0))
+            assert filled[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+            assert 4 <= len(rows) <= 20
+            assert 6 <= len(columns) <= 30
+            np.testing.assert_array_equal(pixels.image[~filled], image[~filled])
+
+
+def test_holes_are_as_many_as_drawn_and_all_over_the_image():
+    image = np.zeros((64, 64, 1), np.uint8)
+    filled = np.array([applied(dropout(num_holes=[2, 4], size=[0.01, 0.01]), image, seed) > 0 for seed in range(600)])
+    counts = filled.sum(axis=(1, 2, 3))
+    assert set(counts) <= {1, 2, 3, 4}  # two of them may lie in one pixel
+    assert counts.mean() == pytest.approx(3, abs=0.12)
+    quarters = filled.reshape(600, 2, 32, 2, 32).sum(axis=(0, 2, 4))
+    assert quarters.min() / quarters.mean() > 0.85
+
+
 def test_the_given_image_is_never_written_to():
     image = random_image(8, 8, 3)
     before = image.copy()
@@ -178,6 +254,7 @@ def test_the_given_image_is_never_written_to():
         jitter(brightness=0.4, contrast=0.6, saturation=0.3, hue=0.2),
         intensity.GaussianNoise(specs.GaussianNoise(type="gaussian_noise", p=1.0)),
         intensity.GaussianBlur(specs.GaussianBlur(type="gaussian_blur", p=1.0)),
+        dropout(),
     ]
     for transform in transforms:
         assert (applied(transform, image) != before).any()

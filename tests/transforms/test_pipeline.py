@@ -7,6 +7,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from ml_src.core import transform_specs as specs
+from ml_src.core.config_file import parse_config
 from ml_src.core.errors import ConfigError, DataError
 from ml_src.core.transforms import TRANSFORM_REGISTRY, build_transforms
 
@@ -183,6 +184,34 @@ def test_any_size_and_number_of_channels_passes_through_everything(channels, sha
     assert set(np.unique(labels)) <= {0, IGNORE}
 
 
+@pytest.mark.parametrize("word", ALL)
+@pytest.mark.parametrize("channels", [1, 6])
+@pytest.mark.parametrize(("dtype", "scale"), [(np.uint16, 200), (np.int16, 50), (np.float32, 0.01)])
+def test_images_of_other_numbers_pass_through_everything_and_stay_aligned(word, dtype, scale, channels):
+    image, mask = target()
+    image = (image[:, :, :1].repeat(channels, axis=2) * float(scale) - (dtype == np.int16) * 3000).astype(dtype)
+    entry = ALL[word] | ({"saturation": 0, "hue": 0} if word == "color_jitter" else {})
+    normalize = {"type": "normalize", "mean": [float(image.mean()) / (65535 if dtype == np.uint16 else 1)]}
+    normalize |= {"std": [float(image.std()) / (65535 if dtype == np.uint16 else 1)]}
+    after, labels = call(pipeline(entry, *([normalize] if word != "normalize" else [])), image, mask)
+    assert after.dtype == dtype
+    assert after.shape == (*labels.shape, channels)
+    assert after.flags.c_contiguous
+    valid = labels != IGNORE
+    assert np.corrcoef(after.mean(axis=2)[valid], labels[valid])[0, 1] > 0.85
+
+
+@pytest.mark.parametrize("word", GEOMETRY)
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.float32])
+def test_geometry_of_other_numbers_is_that_of_8_bits(word, dtype):
+    """For some types OpenCV rounds coordinates to 1/32 pixel, which is up to 4 of the 160 levels at an edge."""
+    image, mask = target()
+    eight, labels = call(pipeline(GEOMETRY[word]), image, mask)
+    other, other_labels = call(pipeline(GEOMETRY[word]), image.astype(dtype), mask)
+    np.testing.assert_array_equal(labels, other_labels)
+    assert np.abs(other.astype(float) - eight).max() <= (4 if dtype == np.int16 else 1)
+
+
 @pytest.mark.parametrize("entries", [[GEOMETRY["random_rotation"]], [GEOMETRY["elastic"]]])
 def test_masks_of_16_bits_keep_their_values(entries):
     image, mask = target()
@@ -238,6 +267,12 @@ def test_without_normalize_the_statistics_change_nothing():
     assert (pipeline().mean, pipeline().std) == ((0.0,), (1.0,))
 
 
+@pytest.mark.parametrize("given", [{}, {"mean": [0.5]}, {"std": [0.5]}, {"mean": "data", "std": "data"}])
+def test_statistics_that_are_still_to_be_computed_are_refused(given):
+    with pytest.raises(ConfigError, match="normalize says data for mean or std"):
+        pipeline({"type": "normalize", **given})
+
+
 def test_two_normalizes_are_refused():
     with pytest.raises(ConfigError, match="2 normalize entries"):
         pipeline(INTENSITY["normalize"], INTENSITY["normalize"])
@@ -252,3 +287,48 @@ def test_a_mask_of_another_size_is_refused():
 def test_an_ignore_index_that_the_mask_cannot_hold_is_refused():
     with pytest.raises(DataError, match="65535, more than a mask of uint8"):
         call(pipeline(ignore_index=65535), *target())
+
+
+def complaint(entry):
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"data": {"data_dir": "x", "num_classes": 2}, "transforms": {"train": [entry], "val": []}})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("word", ALL)
+def test_an_unknown_parameter_is_refused_with_a_suggestion(word):
+    known = next((key for key in ALL[word] if key != "type"), "p")
+    wrong = known + known[-1]
+    assert f"transforms.train.0.{wrong}: unknown key; did you mean '{known}'?" in complaint({**ALL[word], wrong: 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"type": "random_scale", "scale": [0, 1]}, "scale.0: "),
+        ({"type": "random_scale", "scale": [2, 1]}, "scale: must be [smallest, largest], not [2.0, 1.0]"),
+        ({"type": "random_shift", "x": 1.1}, "x: "),
+        ({"type": "random_shift", "y": -0.1}, "y: "),
+        ({"type": "random_shear", "degrees": 61}, "degrees: "),
+        ({"type": "random_perspective", "distortion": 0.6}, "distortion: "),
+        ({"type": "grid_distortion", "distortion": 1.0}, "distortion: "),
+        ({"type": "grid_distortion", "num_cells": 1}, "num_cells: "),
+        ({"type": "random_rotate90", "p": 2}, "p: "),
+        ({"type": "random_transpose", "p": -1}, "p: "),
+        ({"type": "random_crop", "size": [0, 8]}, "size.0: "),
+        ({"type": "random_crop"}, "size is missing"),
+        ({"type": "random_crop", "size": [8, 8], "classes": []}, "classes: "),
+        ({"type": "random_crop", "size": [8, 8], "classes": [-1]}, "classes.0: "),
+        ({"type": "random_crop", "size": [8, 8], "classes": [1, 1]}, "classes has a value twice"),
+        ({"type": "random_crop", "size": [8, 8], "class_probability": 0.9}, "is for random_crop with classes"),
+        ({"type": "random_resize_crop", "sizes": [[8, 8]], "scale": [0.5, 0.2]}, "scale: must be [smallest, largest]"),
+        ({"type": "coarse_dropout", "num_holes": [0, 2]}, "num_holes.0: "),
+        ({"type": "coarse_dropout", "num_holes": [3, 2]}, "num_holes: must be [smallest, largest], not [3, 2]"),
+        ({"type": "coarse_dropout", "size": [0.1, 1.5]}, "size.1: "),
+        ({"type": "random_gamma", "gamma": [0, 1]}, "gamma.0: "),
+        ({"type": "normalize", "mean": "date"}, "unknown value 'date'; did you mean 'data'?"),
+        ({"type": "normalize", "std": [0.0]}, "std.0: "),
+    ],
+)
+def test_what_is_out_of_range_is_refused(change, expected):
+    assert expected in complaint(change)

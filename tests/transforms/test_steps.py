@@ -248,6 +248,22 @@ def test_no_view_in_perspective_shows_what_is_more_than_a_side_away():
     assert 1.8 < seen.max() < 2.01
 
 
+def test_what_the_steps_undo_is_the_image_itself():
+    """So there is one resampling: two would have blurred, and lost what was off the canvas in between."""
+    size, image, mask = (37, 52), random_image(37, 52, 3), random_image(37, 52, seed=1)
+    chain = [
+        steps.zoom(size, 2.5),
+        steps.shift(size, 30, -9),
+        steps.shear(size, 35.0, upright=True),
+        steps.shear(size, -35.0, upright=True),
+        steps.shift(size, -30, 9),
+        steps.zoom(size, 0.4),
+    ]
+    warped, labels = resample(image, mask, chain)
+    np.testing.assert_array_equal(warped, image)
+    np.testing.assert_array_equal(labels, mask)
+
+
 # Grid distortion.
 
 

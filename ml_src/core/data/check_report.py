@@ -76,7 +76,7 @@ def remedy_of(finding: Finding) -> str:
 
 
 def groups_of(findings: Iterable[Finding]) -> list[Group]:
-    """Return the findings by kind: errors first, and of one severity what most files have."""
+    """Return the findings by kind: in the order of `findings.find`, errors first."""
     by_kind: dict[tuple[str, str], list[Finding]] = defaultdict(list)
     for finding in findings:
         by_kind[finding.kind, finding.severity].append(finding)
@@ -158,7 +158,7 @@ def print_report(findings: Sequence[Finding], num_pairs: int) -> None:
             others = f" (and {_counted(found[1:])})" if len(found) > 1 else ""
             print(fill(_shown(sentence) + others, console.width, initial_indent="- ", subsequent_indent="  "))
         print()
-    print(f"{_plural(num_pairs, 'pair')}: {_counted(findings)}")
+    print(fill(f"{_plural(num_pairs, 'pair')}: {_counted(findings)}", console.width))
 
 
 # The report as a file.
@@ -383,7 +383,7 @@ def _group_section(group: Group) -> str:
     remedy = f"<p>What to do: {_text(group.remedy)}</p>"
     details = f"<pre>{'<br>'.join(map(_text, group.details))}</pre>" if group.details else ""
     lines = "\n".join(items)
-    return f"<section>{title}{remedy}{details}<ul>\n{lines}\n</ul></section>"
+    return f"<section>{title}{remedy}<ul>\n{lines}\n</ul>{details}</section>"
 
 
 def _own_fix(finding: Finding, group: Group) -> str:
@@ -410,7 +410,9 @@ def _figures(findings: Sequence[Finding], looks: Sequence[Look], data_dir: Path)
 
 def _embedded(picture: Image, name: str) -> str:
     pixels = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
-    data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
+    options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
+    options += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]  # keeps thin coloured lines
+    data = cv2.imencode(".jpg", pixels, options)[1].tobytes()
     source = f"data:image/jpeg;base64,{base64.b64encode(data).decode('ascii')}"
     return f'<img alt="{name}" width="{picture.shape[1]}" height="{picture.shape[0]}" src="{source}">'
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_src.core.data.duplicates import Fingerprint, fingerprint
-from ml_src.core.data.files import image_info, mask_problem, read_image, read_mask, row_windows
+from ml_src.core.data.files import BAND, image_info, mask_problem, read_image, read_mask, row_windows
 from ml_src.core.data.geotiffs import Place, place_of
 from ml_src.core.data.headers import LFS_START, TIFF_STARTS, Header, read_header, require_decodable
 from ml_src.core.data.layouts import Files
@@ -23,6 +23,7 @@ MOST_VALUES = 256  # distinct values or colours that are kept of one mask
 MOST_TRACKED = 1 << 20  # and counted, of one that is read in parts
 MOST_CHANNELS = 4  # of what may be a colour
 REDUCED = 512  # pixels on the shorter side, about, of the copy that stands for an image read in parts
+SPARSE = 16  # every so many rows and columns are enough to see that most images are not constant
 PICTURE_STARTS = (*TIFF_STARTS, b"\x89PNG", b"\xff\xd8\xff", b"BM", b"RIFF")
 
 Cause = Literal[
@@ -100,37 +101,33 @@ def _look_at_image(path: Path) -> ImageLook:
         header = read_header(path)
         require_decodable(path, header)
         place = place_of(path) if header.geo else None
-        pixels, missing, constant = _reduced(path, header) if header.windowed else _whole(path)
+        pixels, constant = _reduced(path, header) if header.windowed else _whole(path)
     except DataError as error:
         return ImageLook(path, header, str(error), cause=_cause(path, header))
-    if missing is not None:
-        pixels = np.where(missing, np.float32(np.nan), pixels)
     return ImageLook(path, header, None, constant, fingerprint(pixels), place)
 
 
-Summary = tuple[NDArray[Any], NDArray[np.bool_] | None, bool]
-
-
-def _whole(path: Path) -> Summary:
-    """Return pixels (H, W, C), where they are missing, and whether they are constant."""
+def _whole(path: Path) -> tuple[NDArray[Any], bool]:
+    """Return pixels (H, W, C), NaN where they are missing, and whether they are constant."""
     pixels, missing = read_image(path)
     lowest, highest = _range(pixels, missing)
-    return pixels, missing, bool((lowest >= highest).all())
+    return _with_nan(pixels, missing), bool((lowest >= highest).all())
 
 
-def _reduced(path: Path, header: Header) -> Summary:
-    """Read an image in bands, to means of squares of its pixels: (h, w, C) float32."""
+def _reduced(path: Path, header: Header) -> tuple[NDArray[Any], bool]:
+    """Return the same of an image that is read in bands: (h, w, C) means of squares of its pixels."""
     side = max(1, min(header.height, header.width) // REDUCED)
-    parts, gaps, ranges = [], [], []
-    for window in row_windows(header.height, header.width, side * max(1, 512 // side)):
+    parts, ranges = [], []
+    for window in row_windows(header.height, header.width, side * max(1, BAND // side)):
         pixels, missing = read_image(path, window=window)
         ranges.append(_range(pixels, missing))
-        if missing is not None:
-            pixels = np.where(missing, 0, pixels)
-            gaps.append(_squares(np.broadcast_to(missing, pixels.shape), side) > 0.5)
-        parts.append(_squares(pixels, side))
+        parts.append(_squares(_with_nan(pixels, missing), side))
     lowest, highest = np.min([low for low, _ in ranges], axis=0), np.max([high for _, high in ranges], axis=0)
-    return np.concatenate(parts), np.concatenate(gaps) if gaps else None, bool((lowest >= highest).all())
+    return np.concatenate(parts), bool((lowest >= highest).all())
+
+
+def _with_nan(pixels: NDArray[Any], missing: NDArray[np.bool_] | None) -> NDArray[Any]:
+    return pixels if missing is None else np.where(missing, np.float32(np.nan), pixels)
 
 
 def _squares(pixels: NDArray[Any], side: int) -> NDArray[np.float32]:
@@ -141,8 +138,18 @@ def _squares(pixels: NDArray[Any], side: int) -> NDArray[np.float32]:
     return means
 
 
-def _range(pixels: NDArray[Any], missing: NDArray[np.bool_] | None) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the lowest and highest value of each channel, (C,) each; of what is missing altogether inf and -inf."""
+Range = tuple[NDArray[Any], NDArray[Any]]
+
+
+def _range(pixels: NDArray[Any], missing: NDArray[np.bool_] | None) -> Range:
+    """Return the lowest and highest value of each channel, (C,) each, or of some pixels if these differ already."""
+    few = (slice(None, None, SPARSE), slice(None, None, SPARSE))
+    lowest, highest = _range_of_all(pixels[few], None if missing is None else missing[few])
+    return (lowest, highest) if (lowest < highest).any() else _range_of_all(pixels, missing)
+
+
+def _range_of_all(pixels: NDArray[Any], missing: NDArray[np.bool_] | None) -> Range:
+    """Return the range of what is not missing; inf and -inf where all is."""
     if missing is None:
         return pixels.min(axis=(0, 1)), pixels.max(axis=(0, 1))
     known = ~np.broadcast_to(missing, pixels.shape)

@@ -105,7 +105,7 @@ def of_files(
     if len(says) == 1:
         summary = "".join(f"{path} {text}" for path, text in says.items())
     else:
-        summary = f"{len(says)} {noun}s ({named(list(says))}) {together}"
+        summary = f"{len(says)} {noun}s {together}"
     return [
         Finding(kind, severity, path, f"{path} {text}", fix, summary, tuple(details)) for path, text in says.items()
     ]

@@ -40,7 +40,7 @@ class ColourMap:
         if unknown.size:
             found, counts = np.unique(unknown, return_counts=True)
             colour = ",".join(map(str, _unpacked(found[counts.argmax()])))
-            others = f" and {len(found) - 1} more colours ({unknown.size} pixels in all)" if len(found) > 1 else ""
+            others = f" and of others, {unknown.size} in all" if len(found) > 1 else ""
             raise DataError(
                 f"{path} has {counts.max()} pixels of colour {colour}{others}, which {self.table} does not list: "
                 "which class is it? Add it to the table"

@@ -104,10 +104,10 @@ def _colours(masks: Masks, _: str) -> list[Finding]:
     command = f"{FIX} --colors colors.csv"
     remedy = f"save the table below as colors.csv, correct it, and run {command}"
     what = "{} colours instead of class indices, {}: " + remedy
-    each = {mask.path: what.format("holds", _shares(Counter(mask.colours), Counter(mask.colours))) for mask in masks}
-    return of_files(
-        "colour_mask", "error", "mask", each, what.format("hold", _shares(colours, colours)), command, table
-    )
+    own = {mask.path: Counter(mask.colours) for mask in masks}
+    each = {path: what.format("holds", _shares(counts, counts)) for path, counts in own.items()}
+    together = what.format("hold", _shares(colours, colours))
+    return of_files("colour_mask", "error", "mask", each, together, command, table)
 
 
 def _shares(colours: Counter[Colour], of: Counter[Colour]) -> str:

@@ -180,7 +180,7 @@ def _sheet(
         *_legend(sorted(values), class_names, ignore_index, width),
     ]
     if absent:
-        sentence = f"Not in these samples: {', '.join(absent)}."
+        sentence = f"Not to be seen in these samples: {', '.join(absent)}."
         strips += [_text([(0, line)], width, TEXT, FAINT) for line in _lines(sentence, width)]
     strips += [
         _blank(GAP, width),

@@ -125,9 +125,9 @@ def plan(jobs: Sequence[Job], table: ColourMap | None, merge: str | None, num_cl
         names = _class_folders(jobs)
         if names is None:
             raise Question(
-                f"{len(several)} images have several masks ({several[0].stem} has {len(several[0].sources)}): how do "
-                "they become one? Add --merge union where all show the same class, or put the masks of each class "
-                "into a folder of its own, masks/CLASS/STEM.png"
+                f"several masks belong to one image in {len(several)} of {len(jobs)} cases ({several[0].stem} has "
+                f"{len(several[0].sources)}): how do they become one? Add --merge union where all show the same class, "
+                "or put the masks of each class into a folder of its own, masks/CLASS/STEM.png"
             )
         return Plan(ByFolder(names), list(jobs), {})
     survey = _Survey(jobs)

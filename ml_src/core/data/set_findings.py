@@ -5,7 +5,7 @@ Next to read: `duplicates.py` and `overlaps.py`, which compare the images.
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,47 +75,29 @@ def _constant(paths: Sequence[Path]) -> list[Finding]:
 
 
 def class_findings(
-    masks: Iterable[MaskLook], names: Sequence[str] | None, num_classes: int | None, num_folds: int
+    masks: Sequence[MaskLook], names: Sequence[str] | None, num_classes: int | None, num_folds: int
 ) -> list[Finding]:
     """Name classes that no mask has, and those that too few have for every fold to be measured on them."""
-    images: Counter[float] = Counter()
-    num_masks = 0
-    for mask in masks:
-        images.update(mask.values.keys())
-        num_masks += 1
-    if not images:
-        return []
-    unlabelled = unlabelled_value([int(value) for value in images], names)
-    classes = set(range(num_classes or int(max(images.keys() - {unlabelled}, default=0)) + 1)) - {unlabelled}
-    if num_classes is None:
-        classes &= {int(value) for value in images}
+    images = Counter(int(value) for mask in masks for value in mask.values)  # how many have it
+    unlabelled = unlabelled_value(images.keys(), names) if images else None
+    classes = [value for value in (range(num_classes) if num_classes else sorted(images)) if value != unlabelled]
 
     def label(value: int) -> str:
         return f"{value} ({names[value]})" if names and value < len(names) else str(value)
 
-    absent = [label(value) for value in sorted(classes) if not images[value]]
-    rare = [f"{label(value)} in {images[value]}" for value in sorted(classes) if 0 < images[value] < num_folds]
+    absent = [label(value) for value in classes if not images[value]]
+    rare = [f"{label(value)}: {images[value]}" for value in classes if 0 < images[value] < num_folds]
     found = []
     if absent:
         have = "classes have" if len(absent) > 1 else "class has"
+        remedy = "nothing can be learned of what is not there; correct the masks or classes.txt"
         found.append(
-            of_set(
-                "absent_class",
-                "warning",
-                f"{len(absent)} {have} no pixel in any mask, {listed(absent)}: nothing can be learned of it; "
-                "correct the masks or classes.txt",
-            )
+            of_set("absent_class", "warning", f"{len(absent)} {have} no pixel in any mask, {listed(absent)}: {remedy}")
         )
-    if rare and num_masks >= num_folds:
-        are = "classes are" if len(rare) > 1 else "class is"
-        found.append(
-            of_set(
-                "rare_class",
-                "warning",
-                f"{len(rare)} {are} in fewer images than there are folds ({num_folds}), {listed(rare)}: some folds "
-                "cannot measure it; add images, or give ml-split fewer --folds and --stratified",
-            )
-        )
+    if rare and len(masks) >= num_folds:
+        what = f"{len(rare)} class{'es are' if len(rare) > 1 else ' is'} in fewer images than there are folds"
+        remedy = "some folds cannot measure such a class; add images, or give ml-split fewer --folds and --stratified"
+        found.append(of_set("rare_class", "warning", f"{what} ({num_folds}), {listed(rare)}: {remedy}"))
     return found
 
 

@@ -12,7 +12,7 @@ from itertools import takewhile
 from ml_src.core.data.checks import UNLABELLED
 from ml_src.core.data.files import listed
 from ml_src.core.data.inspection import MaskLook
-from ml_src.core.data.kinds import FIX, Finding, of_files
+from ml_src.core.data.kinds import FIX, Finding, Severity, of_files
 from ml_src.core.data.mask_values import Tally, ValueMap, plan_values, shown
 from ml_src.core.errors import DataError
 
@@ -69,13 +69,13 @@ def value_findings(masks: Masks, num_classes: int | None, fix: str) -> list[Find
         fix: the command that mends the values, or the question that it would ask.
     """
     soft = [mask for mask in masks if _is_soft(mask, num_classes)]
-    rest = [mask for mask in masks if mask not in soft and mask.values]
+    rest = [mask for mask in masks if mask.values and not _is_soft(mask, num_classes)]
     return (_soft(soft, fix) if soft else []) + (_indices(rest, num_classes, fix) if rest else [])
 
 
 def _is_soft(mask: MaskLook, num_classes: int | None) -> bool:
     deep = mask.header is not None and mask.header.bits > 8
-    return deep and mask.num_distinct > MOST_CLASSES and max(mask.values) >= (num_classes or 0)
+    return deep and bool(mask.values) and mask.num_distinct > MOST_CLASSES and max(mask.values) >= (num_classes or 0)
 
 
 def _soft(masks: Masks, fix: str) -> list[Finding]:
@@ -124,13 +124,15 @@ def _indices(masks: Masks, num_classes: int | None, fix: str) -> list[Finding]:
         return _stretched(whole)
     if found - {UNLABELLED} <= legal and (found - {UNLABELLED} or num_classes):
         return _lone_255(whole)
-    strays = [mask for mask in masks if not mask.values.keys() - {UNLABELLED} <= legal]
+    strays = [mask for mask in masks if _is_stray(mask, legal)]
     if whole.plan is not None or len(legal) < 2 or 2 * len(strays) > len(masks):
         return _judged(whole)
-    rest = counts_of([mask for mask in masks if mask not in strays])
-    return _judged(
-        _Case(strays, num_classes, legal, _plan(strays, num_classes), fix, f"the other masks have {some(rest)}")
-    )
+    others = f"the other masks have {some(counts_of([mask for mask in masks if not _is_stray(mask, legal)]))}"
+    return _judged(_Case(strays, num_classes, legal, _plan(strays, num_classes), fix, others))
+
+
+def _is_stray(mask: MaskLook, legal: set[int]) -> bool:
+    return not mask.values.keys() - {UNLABELLED} <= legal
 
 
 def _plan(masks: Masks, num_classes: int | None) -> ValueMap | None:
@@ -142,14 +144,16 @@ def _plan(masks: Masks, num_classes: int | None) -> ValueMap | None:
 
 def _lone_255(whole: _Case) -> list[Finding]:
     """Name masks of 0 and 255 among masks of 0 and 1: there 255 is class 1 and not unlabelled."""
-    lone = [mask for mask in whole.masks if UNLABELLED in mask.values and mask.values.keys() <= {0, UNLABELLED}]
-    rest = counts_of([mask for mask in whole.masks if mask not in lone])
+    lone = [mask for mask in whole.masks if _is_lone(mask)]
+    rest = counts_of([mask for mask in whole.masks if not _is_lone(mask)])
     if not lone or set(rest) != {0, 1}:
         return []
-    reason = (
-        f"but the other masks {some(rest)}: save 255 as 1 if it means class 1, for as it is 255 counts as unlabelled"
-    )
+    reason = f"but the other masks {some(rest)}: save 255 as 1 if it is class 1, for as it is it counts as unlabelled"
     return _Case(lone, None, whole.legal, None, whole.fix).findings("stretched_mask", reason)
+
+
+def _is_lone(mask: MaskLook) -> bool:
+    return UNLABELLED in mask.values and mask.values.keys() <= {0, UNLABELLED}
 
 
 def _judged(case: _Case) -> list[Finding]:
@@ -204,9 +208,7 @@ def _blended(case: _Case) -> list[Finding]:
         between = sum(pixels for value, pixels in counts.items() if value not in few)
         share = f"{100 * between / counts.total():.2g} % of the pixels"
         classes = joined([shown(value) for value in sorted(few)])
-        return (
-            f"{len(counts)} different values: {classes} and, in {share}, others, blends of these as {cause}: {remedy}"
-        )
+        return f"{len(counts)} different values, {classes} and, in {share}, blends of these as {cause}: {remedy}"
 
     cause = "smoothing (anti-aliasing), resizing with interpolation or JPEG makes them"
     if case.others:
@@ -244,12 +246,14 @@ def _gaps(case: _Case) -> list[Finding]:
     elif case.others:
         reason = f"but {case.others}: correct these"
     else:
-        reason = f"which leaves out {listed(missing, 5)}: {FIX} numbers them 0 to {len(classes) - 1} in this order"
+        out = f"which leaves out {listed(missing)}" if len(missing) <= 5 else "but classes are counted 0, 1, 2, ..."
+        reason = f"{out}: {FIX} numbers them 0 to {len(classes) - 1} in this order"
         if case.num_classes is None:
             reason += f", else {classes[-1] + 1} classes are learned, {len(missing)} of them without a pixel"
+    severity: Severity = "warning" if few_missing and case.plan is not None else "error"
+    all_have = f"; all masks together {some(case.values)}"
     each = {
-        mask.path: f"has {some(mask.values)}; in all the masks have {some(case.values)}, {reason}"
+        mask.path: f"has {some(mask.values)}{all_have if len(mask.values) < len(case.values) else ''}, {reason}"
         for mask in case.masks
     }
-    severity = "warning" if few_missing and case.plan is not None else "error"
     return of_files("value_gaps", severity, "mask", each, f"have {some(case.values)}, {reason}", case.fix)

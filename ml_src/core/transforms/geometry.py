@@ -19,11 +19,14 @@ from ml_src.core.transforms.steps import Matrix, Step, shift, window
 Points = NDArray[np.float32]  # (H, W, 2), x and y
 Blocks = tuple[int, int]  # height, width in pixels of what is averaged before it is sampled
 
-NODES_PER_SIDE = 128  # of a view in perspective: straight from node to node, it is off by less than 0.2 pixels
+NODES_PER_SIDE = 128  # of a view in perspective: straight from node to node, it is off by less than 0.1 pixels
 HORIZON = 1e-3  # of the third coordinate, which is 1 at the centre of the canvas and 0 infinitely far away
 REACH = 4  # canvas sides beyond the canvas: what a view in perspective shows from farther away, it shows from there
 INVERSIONS = 10  # steps of a fixed point, each nearer by the slope of the displacement
 CHANNELS_AT_ONCE = 4  # more than these, OpenCV takes only in some functions and versions
+# From output pixels to points a thousandth of a pixel before them. Halfway between two pixels of a mask, OpenCV takes
+# the even one, which in a window is another one than in the whole.
+HAIR = np.array([[1, 0, -1e-3], [0, 1, -1e-3], [0, 0, 1]])
 EXACT = 1e-9  # a map that is so near to whole pixels is meant to be: the rest is rounding, in 20 000 pixels too
 
 
@@ -113,7 +116,7 @@ def resample(source: Source, steps: Sequence[Step], ignore_index: int) -> tuple[
     if points is None and _is_copy(matrix, size, (image.shape[0], image.shape[1])):
         return _copy(image, matrix, size), None if mask is None else _copy(mask, matrix, size)
     if mask is not None:
-        mask = _warp(mask, matrix, points, size, cv2.INTER_NEAREST, cv2.BORDER_CONSTANT, ignore_index)
+        mask = _warp(mask, matrix @ HAIR, points, size, cv2.INTER_NEAREST, cv2.BORDER_CONSTANT, ignore_index)
     if blocks != (1, 1):
         image, to_reduced = _reduce(image, blocks)
         points = None if points is None else cv2.transform(points, to_reduced[:2])
