@@ -77,15 +77,11 @@ class RandomResizeCrop(Section):
 
 
 class RandomCrop(Section):
-    """Cut out a window at the image's own resolution; with `classes`, often one that shows a rare class.
-
-    Where the image is smaller than the window, all of it is inside: around it the image is mirrored, the mask ignored.
-    Of a large file that can be read by windows only this part is read, so let it stand before what deforms.
-    """
+    """Cut out a window at the image's own resolution; with `classes`, often one that shows a rare class."""
 
     type: Literal["random_crop"]
     size: Size
-    """Height and width in pixels."""
+    """Height and width in pixels; a smaller image is wholly inside, mirrored around, and the mask is ignored there."""
     classes: Annotated[list[Annotated[int, Field(ge=0, le=65535)]], Field(min_length=1)] | None = None
     """Mask values to look for: one of those that the mask has is drawn, and one of its pixels lies in the window."""
     class_probability: Probability = 0.5
@@ -241,10 +237,7 @@ class GaussianBlur(Section):
 
 
 class CoarseDropout(Section):
-    """Fill random rectangles of the image with its mean; the mask stays (Cutout, DeVries and Taylor 2017).
-
-    So the network has to tell from the surroundings what is hidden. Later colours of the list change the filling too.
-    """
+    """Fill random rectangles of the image with its mean; the mask stays (Cutout, DeVries and Taylor 2017)."""
 
     type: Literal["coarse_dropout"]
     num_holes: Annotated[tuple[Count, Count], Ordered] = (1, 8)
@@ -256,18 +249,13 @@ class CoarseDropout(Section):
 
 
 class Normalize(Section):
-    """Subtract the mean and divide by the standard deviation, per channel; carried out on the device.
-
-    Of the full range, 0 is black and 1 is white. `data` stands for the values of the training images, computed when
-    training starts. For images that are not 8-bit, mean and std also say which values the colour transforms take for
-    black and white: mean - 2 std and mean + 2 std, or 0 and the full range without `normalize`.
-    """
+    """Subtract the mean and divide by the standard deviation (`data`: of the training images), on the device."""
 
     type: Literal["normalize"]
     mean: Annotated[list[float], Field(min_length=1)] | Literal["data"] = "data"
     """Per channel or for all; of the full range for 8- and 16-bit unsigned images, in the file's units otherwise."""
     std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | Literal["data"] = "data"
-    """Per channel or for all; of the full range for 8- and 16-bit unsigned images, in the file's units otherwise."""
+    """As the mean. If not 8-bit, colours take mean - 2 std for black and mean + 2 std for white."""
 
 
 TrainTransform = Annotated[

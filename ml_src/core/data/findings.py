@@ -10,7 +10,7 @@ from pathlib import Path
 from ml_src.core.data.files import listed, stem_of
 from ml_src.core.data.headers import MAX_DECODED, Header
 from ml_src.core.data.inspection import Cause, ImageLook, Look, MaskLook
-from ml_src.core.data.kinds import FIX, KINDS, SEVERITIES, Finding, named, of_files
+from ml_src.core.data.kinds import FIX, KINDS, SEVERITIES, Finding, named, of_files, of_set
 from ml_src.core.data.mask_findings import mask_findings
 from ml_src.core.data.set_findings import FOLDS, Parts, class_findings, image_findings, split_findings
 
@@ -56,21 +56,22 @@ def find(
     """
     num_classes = num_classes or (len(names) if names else None)
     images = [look.image for look in looks if look.image is not None]
-    masks = [look.masks[0] for look in looks if len(look.masks) == 1]
-    of_masks = mask_findings(masks, num_classes)
+    masks = [mask for look in looks for mask in look.masks]
+    merged = any(len(look.masks) > 1 for look in looks)  # then values say which object, not which class
+    of_masks = [] if merged else mask_findings(masks, num_classes)
     parts = Parts(data_dir, splits_dir)
     found = [
         *_unreadable(looks),
         *_pairing(looks, data_dir),
         *_sizes(looks),
-        *_endings([*images, *(mask for look in looks for mask in look.masks)]),
+        *_endings([*images, *masks]),
         *of_masks,
         *image_findings(images),
         *split_findings([image for image in images if image.problem is None], parts),
     ]
     bad = {finding.path for finding in of_masks if finding.severity == "error"}
     good = [mask for mask in masks if mask.values and mask.path not in bad]
-    if 2 * len(good) > len(masks):
+    if 2 * len(good) > len(masks) and not merged:
         found += class_findings(good, names, num_classes, len(parts.folds) or FOLDS)
     return _ordered(found)
 
@@ -109,15 +110,21 @@ def _unreadable(looks: Sequence[Look]) -> list[Finding]:
     for look in looks:
         for one in (look.image, *look.masks):
             if one is not None and one.cause is not None:
-                reason = (one.problem or "").removeprefix(f"{one.path} ")
-                damaged = f"is damaged or cut off: it {reason}"
-                by_cause[one.cause][one.path] = damaged if one.cause == "damaged_file" else reason
+                by_cause[one.cause][one.path] = _reason(one)
     is_mask = {mask.path for look in looks for mask in look.masks}
     return [
         finding
         for cause, says in by_cause.items()
         for finding in of_files(cause, "error", _noun(says, is_mask), says, UNREADABLE[cause])
     ]
+
+
+def _reason(one: ImageLook | MaskLook) -> str:
+    reason = (one.problem or "").removeprefix(f"{one.path} ")
+    if one.cause == "multi_page" and one.header is not None:
+        what = "an image" if isinstance(one, ImageLook) else "a mask"
+        return f"has {one.header.pages} pages, but {what} is one page: save each as a file of its own"
+    return f"is damaged or cut off: it {reason}" if one.cause == "damaged_file" else reason
 
 
 def _noun(paths: Mapping[Path, object], masks: set[Path]) -> str:
@@ -213,15 +220,11 @@ def _several(looks: Sequence[Look]) -> list[Finding]:
 
 
 def _folders(looks: Sequence[Look], data_dir: Path) -> list[Finding]:
-    odd = [
-        look.image.path for look in looks if look.image is not None and look.image.path.parent != data_dir / "images"
-    ]
-    says = (
-        f"in a folder of {{}} own: put all images into {data_dir / 'images'} and their masks into {data_dir / 'masks'}"
-    )
-    return of_files(
-        "layout", "error", "image", dict.fromkeys(odd, f"lies {says.format('its')}"), f"lie each {says.format('its')}"
-    )
+    apart = sum(look.image is not None and look.image.path.parent != data_dir / "images" for look in looks)
+    if not apart:
+        return []
+    where = f"put all images into {data_dir / 'images'} and their masks into {data_dir / 'masks'}"
+    return [of_set("layout", "error", f"{apart} images lie each in a folder of its own: {where}", where)]
 
 
 def _other_names(looks: Sequence[Look], data_dir: Path) -> list[Finding]:
@@ -257,10 +260,10 @@ def _sizes(looks: Sequence[Look]) -> list[Finding]:
     differ: dict[Path, str] = {}
     doubtful: dict[Path, str] = {}
     for look in looks:
-        if look.image is None or look.image.header is None:
+        if look.image is None or look.image.header is None or look.image.problem is not None:
             continue
         for mask in look.masks:
-            if mask.header is None:
+            if mask.header is None or mask.problem is not None:
                 continue
             image, both = look.image.header, f"{_size(mask.header)} pixels (width x height) but {look.image.path}"
             same = _size(image) == _size(mask.header)

@@ -195,7 +195,7 @@ JUDGES = {
 def _formats(masks: Masks) -> list[Finding]:
     headers = {mask.path: mask.header for mask in masks if mask.header is not None}
     other = {path: header.format for path, header in headers.items() if header.format not in RIGHT_FORMATS}
-    one_bit = [path for path, header in headers.items() if header.bits == 1]
+    one_bit = [path for path, header in headers.items() if header.bits == 1 and not header.palette]
     palette = [path for path, header in headers.items() if header.palette]
     remedy = f"save masks as PNG or TIFF, or run {FIX}"
     bits = "one bit a pixel, which is fine: it is read as classes 0 and 1"

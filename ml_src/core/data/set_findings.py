@@ -59,7 +59,7 @@ def _odd_ones(kind: str, facts: Mapping[Path, object], many: str, one: str, reme
 
 def _gray_and_colour(channels: Mapping[Path, int]) -> list[Finding]:
     number = Counter(channels.values())
-    message = f"{number[3]} images are RGB and {number[1]} are gray: they are read as the model's in_channels says"
+    message = f"images are of two kinds, {number[3]} RGB and {number[1]} gray: all are read as model.in_channels says"
     return [of_set("gray_and_colour", "note", message)]
 
 
@@ -86,18 +86,22 @@ def class_findings(
         return f"{value} ({names[value]})" if names and value < len(names) else str(value)
 
     absent = [label(value) for value in classes if not images[value]]
-    rare = [f"{label(value)}: {images[value]}" for value in classes if 0 < images[value] < num_folds]
+    rare = [f"{label(value)} in {images[value]}" for value in classes if 0 < images[value] < num_folds]
     found = []
     if absent:
         have = "classes have" if len(absent) > 1 else "class has"
         remedy = "nothing can be learned of what is not there; correct the masks or classes.txt"
         found.append(
-            of_set("absent_class", "warning", f"{len(absent)} {have} no pixel in any mask, {listed(absent)}: {remedy}")
+            of_set(
+                "absent_class",
+                "warning",
+                f"{len(absent)} {have} no pixel in any mask, class {listed(absent)}: {remedy}",
+            )
         )
     if rare and len(masks) >= num_folds:
         what = f"{len(rare)} class{'es are' if len(rare) > 1 else ' is'} in fewer images than there are folds"
         remedy = "some folds cannot measure such a class; add images, or give ml-split fewer --folds and --stratified"
-        found.append(of_set("rare_class", "warning", f"{what} ({num_folds}), {listed(rare)}: {remedy}"))
+        found.append(of_set("rare_class", "warning", f"{what} ({num_folds}), class {listed(rare)}: {remedy}"))
     return found
 
 

@@ -23,6 +23,9 @@ COMMON_SHARE = 0.005
 # Values so far apart, at least, were stretched so that a person can see the classes; nearer ones leave classes out.
 LEAST_STEP = 4
 NUM_LISTED = 10
+MOST_CERTAIN = 4  # common values that are named as the classes behind blends, where --fix is not sure
+
+ALIKE = "save these masks like the others"  # no command: --fix goes by all masks together
 
 Masks = Sequence[MaskLook]
 Counts = Counter[float]
@@ -125,10 +128,13 @@ def _indices(masks: Masks, num_classes: int | None, fix: str) -> list[Finding]:
     if found - {UNLABELLED} <= legal and (found - {UNLABELLED} or num_classes):
         return _lone_255(whole)
     strays = [mask for mask in masks if _is_stray(mask, legal)]
-    if whole.plan is not None or len(legal) < 2 or 2 * len(strays) > len(masks):
+    rest = counts_of([mask for mask in masks if not _is_stray(mask, legal)])
+    odd = found - legal - {UNLABELLED}
+    known = num_classes is not None or min(odd) > 2 * len(legal)  # nearer ones may be classes that others lack
+    if 2 * len(strays) > len(masks) or len(rest.keys() - {UNLABELLED}) < 2 or not known:
         return _judged(whole)
-    others = f"the other masks have {some(counts_of([mask for mask in masks if not _is_stray(mask, legal)]))}"
-    return _judged(_Case(strays, num_classes, legal, _plan(strays, num_classes), fix, others))
+    others = f"the other masks have {some(rest)}"
+    return _judged(_Case(strays, num_classes, legal, _plan(strays, num_classes), ALIKE, others))
 
 
 def _is_stray(mask: MaskLook, legal: set[int]) -> bool:
@@ -149,7 +155,7 @@ def _lone_255(whole: _Case) -> list[Finding]:
     if not lone or set(rest) != {0, 1}:
         return []
     reason = f"but the other masks {some(rest)}: save 255 as 1 if it is class 1, for as it is it counts as unlabelled"
-    return _Case(lone, None, whole.legal, None, whole.fix).findings("stretched_mask", reason)
+    return _Case(lone, None, whole.legal, None, ALIKE).findings("stretched_mask", reason)
 
 
 def _is_lone(mask: MaskLook) -> bool:
@@ -161,7 +167,7 @@ def _judged(case: _Case) -> list[Finding]:
         return _blended(case)
     if case.plan is not None and _is_stretched(case.values):
         return _stretched(case)
-    if case.num_classes and case.plan is None:
+    if case.num_classes and (case.plan is None or case.others):
         return _too_high(case, case.num_classes)
     return _gaps(case)
 
@@ -200,8 +206,8 @@ def _blended(case: _Case) -> list[Finding]:
     """Name the masks that have other values than the few which are classes."""
     few = set(case.plan.values if case.plan is not None else _common(case.counts))
     harmed = [mask for mask in case.masks if not mask.values.keys() <= few] or case.masks
-    if not 2 <= len(few) <= NUM_LISTED:
-        cause = "too many for classes: probabilities, or smoothed or resized with interpolation? Save class indices"
+    if case.plan is None and not 2 <= len(few) <= MOST_CERTAIN:
+        cause = "too many for classes: blends from smoothing or resizing, or probabilities? Save class indices"
         return _Case(harmed, case.num_classes, case.legal, None, case.fix).findings("blended_mask", cause)
 
     def says(counts: Counts) -> str:

@@ -319,7 +319,8 @@ class GaussianBlur(Intensity):
 class CoarseDropout(Intensity):
     """Fill rectangles, all inside the image, with its mean; the mask stays (Cutout, DeVries and Taylor 2017).
 
-    Number, heights, widths and places are uniform; rectangles may overlap.
+    The network has to tell from the surroundings what is hidden. Number, heights, widths and places are uniform;
+    rectangles may overlap. Colours that follow in the list change the filling too.
     """
 
     def __init__(self, spec: specs.CoarseDropout):

@@ -1,0 +1,432 @@
+"""ml-check as a user types it: on each kind of bad data the first line names the true cause, and the exit code tells."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from ml_src.cli import check, split
+from ml_src.core.data import headers
+
+Make = Callable[[Path], object]
+EXIF_ORIENTATION = 274
+
+
+def picture(seed: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """A smooth random RGB picture, unlike that of any other seed."""
+    noise = np.random.default_rng(seed).normal(size=(height, width, 3))
+    smooth = cv2.GaussianBlur(noise, (0, 0), 3)
+    return np.clip(128 + 45 * smooth / smooth.std(), 0, 255).astype(np.uint8)
+
+
+def labels(seed: int, num_classes: int = 2, height: int = 48, width: int = 64) -> np.ndarray:
+    """A few boxes of each class on a background of 0."""
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((height, width), np.uint8)
+    for index in [*range(1, num_classes)] * 2:
+        top, left = rng.integers(0, height - 12), rng.integers(0, width - 12)
+        mask[top : top + 12, left : left + 12] = index
+    mask[:2, :num_classes] = range(num_classes)
+    return mask
+
+
+def save(path: Path, pixels: np.ndarray, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def data_set(folder: Path, masks: list[np.ndarray], suffix: str = ".png", **options: object) -> list[Path]:
+    """Write a picture for each mask, and the mask; returns the paths of the masks."""
+    paths = []
+    for index, mask in enumerate(masks):
+        save(folder / "images" / f"{index}.png", picture(index, *mask.shape[:2]))
+        path = folder / "masks" / f"{index}{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        if suffix == ".tif":
+            write_tiff(path, mask)
+        else:
+            save(path, mask, **options)
+        paths.append(path)
+    return paths
+
+
+def write_tiff(path: Path, pixels: np.ndarray) -> None:
+    planar = "contig" if pixels.ndim == 3 else None
+    tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig=planar)
+
+
+def good(folder: Path, num_classes: int = 2, number: int = 6) -> list[Path]:
+    return data_set(folder, [labels(index, num_classes) for index in range(number)])
+
+
+def each(change: Callable[[np.ndarray], np.ndarray], num_classes: int = 2, suffix: str = ".png") -> Make:
+    """A data set whose masks have all been changed in one way."""
+    return lambda folder: data_set(folder, [change(labels(index, num_classes)) for index in range(6)], suffix)
+
+
+def one(change: Callable[[Path], object], which: int = 2) -> Make:
+    """A good data set of which one mask file is spoilt."""
+    return lambda folder: change(good(folder)[which])
+
+
+def image_of(mask: Path) -> Path:
+    return mask.parent.parent / "images" / mask.name
+
+
+def one_image(change: Callable[[Path], object]) -> Make:
+    return one(lambda mask: change(image_of(mask)))
+
+
+def coloured(mask: np.ndarray) -> np.ndarray:
+    return np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0)], np.uint8)[mask]
+
+
+def smoothed(mask: np.ndarray) -> np.ndarray:
+    return cv2.GaussianBlur(mask * 255, (0, 0), 0.6)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def as_jpeg(path: Path) -> None:
+    Image.fromarray(labels(1) * 255).save(path, format="JPEG")
+
+
+def bomb(path: Path) -> None:
+    """A PNG of a few bytes whose header promises 40 000 x 40 000 pixels in colour."""
+    content = bytearray(save(path, picture(1)).read_bytes())
+    content[16:24] = (40_000).to_bytes(4, "big") * 2
+    content[29:33] = __import__("zlib").crc32(bytes(content[12:29])).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+def turned(orientation: int, mask_turned: bool, square: bool = False) -> Make:
+    """Images that lie on their side and say so by EXIF; their masks as stored, or as shown."""
+
+    def make(folder: Path) -> None:
+        tags = Image.Exif()
+        tags[EXIF_ORIENTATION] = orientation
+        for index in range(3):
+            mask = labels(index, width=48 if square else 64)
+            save(folder / "images" / f"{index}.jpg", picture(index, *mask.shape), exif=tags)
+            save(folder / "masks" / f"{index}.png", np.rot90(mask, -1) if mask_turned else mask)
+
+    return make
+
+
+def several(folder: Path, name: str) -> None:
+    for index in range(3):
+        save(folder / "images" / f"{index}.png", picture(index))
+        for part in "ab":
+            save(folder / "masks" / name.format(stem=index, part=part), labels(index) * 255)
+
+
+def one_folder_an_image(folder: Path) -> None:
+    for index in range(3):
+        save(folder / f"{index}" / "images" / f"{index}.png", picture(index))
+        for part in range(index + 1):
+            save(folder / f"{index}" / "masks" / f"{part}.png", labels(index) * 255)
+
+
+def renamed(image: str, mask: str) -> Make:
+    def make(folder: Path) -> None:
+        for index, path in enumerate(good(folder), start=1):
+            image_of(path).rename(folder / "images" / image.format(index))
+            path.rename(folder / "masks" / mask.format(index))
+
+    return make
+
+
+def with_classes(make: Make, names: str) -> Make:
+    def both(folder: Path) -> None:
+        make(folder)
+        (folder / "classes.txt").write_text("\n".join(names.split()))
+
+    return both
+
+
+def soft(mask: np.ndarray) -> np.ndarray:
+    return (cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 3) * 65535).astype(np.uint16)
+
+
+def with_stray(value: int, num_classes: int = 2) -> Make:
+    def make(folder: Path) -> None:
+        mask = labels(2, num_classes)
+        mask[mask == 1] = value
+        save(good(folder, num_classes)[2], mask)
+
+    return make
+
+
+def rewrite(path: Path, **options: object) -> None:
+    save(path, np.asarray(Image.open(path)), **options)
+
+
+KINDS: dict[str, tuple[Make, str, int]] = {
+    # files
+    "LFS pointer": (
+        one(lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")),
+        "masks/2.png is a Git LFS pointer, not the picture itself: run git lfs pull",
+        1,
+    ),
+    "empty mask": (one(lambda path: path.write_bytes(b"")), "masks/2.png is empty: restore", 1),
+    "empty image": (one_image(lambda path: path.write_bytes(b"")), "images/2.png is empty: restore", 1),
+    "truncated mask": (one(truncate), "masks/2.png is damaged or cut off", 1),
+    "truncated image": (one_image(truncate), "images/2.png is damaged or cut off", 1),
+    "no image": (one_image(lambda path: path.write_text("<html>404</html>")), "images/2.png is no image", 1),
+    "bomb": (one_image(bomb), "images/2.png is 40000x40000 pixels, 4.5 GiB once decoded, where 2 are the limit: save it as a tiled", 1),
+    "CMYK": (
+        one_image(lambda path: Image.new("CMYK", (64, 48)).save(path, format="JPEG")),
+        "images/2.png has colours that are not gray, RGB or bands (mode CMYK): convert",
+        1,
+    ),
+    "multi-page mask": (
+        one(lambda path: tifffile.imwrite(path, np.zeros((3, 48, 64), np.uint8), photometric="minisblack")),
+        "masks/2.png has 3 pages, but a mask is one page: save each",
+        1,
+    ),
+    "wrong extension": (
+        one_image(lambda path: Image.open(path).convert("RGB").save(path, format="BMP")),
+        "warning: {data}/images/2.png holds a BMP: rename it",
+        0,
+    ),
+    # pairs
+    "no mask": (one(Path.unlink), "images/2.png has no mask: add one of the same name", 1),
+    "no image of a mask": (one_image(Path.unlink), "masks/2.png belongs to no image: add the image", 1),
+    "two images of one stem": (
+        one_image(lambda path: save(path.with_suffix(".bmp"), picture(9))),
+        "2 files share their stem with another, '2': which belong together is told by the stem",
+        1,
+    ),
+    "other names": (
+        renamed("{:03}_image.png", "{:03}_annotation.png"),
+        "6 masks have other names than the images to which they seem to belong, 001_image.png with 001_annotation.png",
+        1,
+    ),
+    "other numbers": (renamed("{:02}.png", "labels{:08}.png"), "01.png with labels00000001.png: rename them", 1),
+    "masks numbered after the stem": (
+        lambda folder: several(folder, "{stem}_{part}.png"),
+        "3 images have several masks each (2), but one is needed: ml-check DATA --fix --merge union",
+        1,
+    ),
+    "a folder of masks an image": (
+        lambda folder: several(folder, "{stem}/{part}.png"),
+        "3 images have several masks each (2), but one is needed: ml-check DATA --fix --merge union",
+        1,
+    ),
+    "a folder of masks a class": (
+        lambda folder: several(folder, "{part}/{stem}.png"),
+        "3 images have several masks each (2), in a folder a class (a, b): ml-check DATA --fix makes them one",
+        1,
+    ),
+    "a folder an image": (one_folder_an_image, "2 images have several masks each (2 to 3), but one is needed: ml-check DATA --fix --merge union", 1),
+    # sizes
+    "other size": (
+        one(lambda path: save(path, labels(2, height=24, width=32))),
+        "masks/2.png is 32x24 pixels (width x height) but {data}/images/2.png is 64x48, 0.5 times that size",
+        1,
+    ),
+    "swapped sides": (
+        one(lambda path: save(path, labels(2).T)),
+        "is 48x64 pixels (width x height) but {data}/images/2.png is 64x48, with width and height swapped",
+        1,
+    ),
+    "EXIF turns the image only": (
+        turned(6, mask_turned=False),
+        "3 masks lie as their images are stored, not as the EXIF tag of these turns them: ml-check DATA --fix turns",
+        1,
+    ),
+    "EXIF turns the image, the mask is turned": (turned(6, mask_turned=True), "all is well with 3 pairs", 0),
+    "EXIF turns a square image": (
+        turned(8, mask_turned=False, square=True),
+        "warning: 3 masks have no EXIF tag but their images are turned by one",
+        0,
+    ),
+    # formats of masks
+    "colours": (
+        each(coloured, 3),
+        "6 masks hold colours instead of class indices, 0,0,0 (",
+        1,
+    ),
+    "smoothed colours": (
+        each(lambda mask: cv2.GaussianBlur(coloured(mask), (0, 0), 0.7), 3),
+        " colours, a few common ones, 0,0,0 (",
+        1,
+    ),
+    "gray as RGB": (
+        each(lambda mask: np.repeat(mask[:, :, None] * 255, 3, axis=2)),
+        "6 masks have 3 channels where one is enough (the values 0 and 255): ml-check DATA --fix keeps one",
+        1,
+    ),
+    "gray with alpha": (
+        each(lambda mask: np.stack([mask, np.full_like(mask, 255)], axis=2)),
+        "6 masks have 2 channels where one is enough (the values 0 and 1)",
+        1,
+    ),
+    "several channels": (
+        lambda folder: data_set(folder, [np.zeros((48, 64, 5), np.uint8)] * 2, ".tif"),
+        "2 masks have 5 channels but a mask has one",
+        1,
+    ),
+    "JPEG": (
+        lambda folder: data_set(folder, [labels(index) * 255 for index in range(6)], ".jpg"),
+        "6 masks are JPEGs, whose compression has changed the class indices (up to",
+        1,
+    ),
+    "JPEG named PNG": (one(as_jpeg), "masks/2.png is a JPEG, whose compression has changed the class indices", 1),
+    "BMP": (lambda folder: data_set(folder, [labels(0), labels(1)], ".bmp"), "2 masks are BMP files: save masks as", 1),
+    "whole floats": (
+        each(lambda mask: mask.astype(np.float32), 3, ".tif"),
+        "6 masks store class indices as float numbers, the values 0, 1 and 2: ml-check DATA --fix writes whole",
+        1,
+    ),
+    "probabilities": (
+        each(lambda mask: cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 2), 2, ".tif"),
+        "6 masks store fractions as float numbers, ",
+        1,
+    ),
+    "negative": (
+        each(lambda mask: mask.astype(np.int16) - 1, 3, ".tif"),
+        "6 masks have negative values, -1, in ",
+        1,
+    ),
+    "NaN": (
+        each(lambda mask: np.where(mask == 1, np.float32(np.nan), mask), 3, ".tif"),
+        "6 masks are NaN or infinite in ",
+        1,
+    ),
+    "32 bits": (
+        each(lambda mask: mask.astype(np.int32), 3, ".tif"),
+        "6 masks have signed numbers, or more than 16 bits, where 8 or 16 unsigned bits are needed: ml-check",
+        1,
+    ),
+    "soft": (each(soft), "16-bit values from 0 to ", 1),
+    "one bit": (
+        each(lambda mask: mask.astype(bool)),
+        "all is well with 6 pairs of image and mask, values 0 to 1; note: 6 masks have one bit a pixel, which is fine",
+        0,
+    ),
+    "palette": (
+        lambda folder: [
+            Image.open(path).convert("L").quantize(2).save(path) for path in good(folder, 2, 3)
+        ],
+        "note: 3 masks have a palette, which is fine: its indices are the classes",
+        0,
+    ),
+    # values of masks
+    "0/255": (
+        each(lambda mask: mask * 255),
+        "error: 6 masks have the values 0 and 255, binary masks stored as 0/255 instead of 0/1: ml-check DATA --fix",
+        1,
+    ),
+    "0/255 with names": (
+        with_classes(each(lambda mask: mask * 255), "background cell"),
+        "error: 6 masks have the values 0 and 255, binary masks stored as 0/255",
+        1,
+    ),
+    "0/65535": (
+        each(lambda mask: mask.astype(np.uint16) * 65535),
+        "6 masks have the values 0 and 65535, binary masks stored as 0/65535",
+        1,
+    ),
+    "0/127/255": (
+        each(lambda mask: mask * 127 + mask // 2, 3),
+        "6 masks have the values 0, 127 and 255, 3 classes stored as 0/127/255 instead of 0..2",
+        1,
+    ),
+    "one mask of 0/255": (with_stray(255), "masks/2.png has the values 0 and 255, but the other masks the values 0 and 1", 1),
+    "smoothed": (each(smoothed), " blends of these as smoothing (anti-aliasing)", 1),
+    "one smoothed mask": (one(lambda path: save(path, smoothed(labels(2)))), "masks/2.png has ", 1),
+    "too high": (
+        with_classes(each(lambda mask: mask, 4), "background cell"),
+        "error: 6 masks have the values 2 and 3, but there are 2 classes, 0 to 1: correct the masks, or the number",
+        1,
+    ),
+    "one too high": (
+        with_classes(with_stray(7, 3), "background cell nucleus"),
+        "masks/2.png has the value 7, but there are 3 classes",
+        1,
+    ),
+    "wide gaps": (
+        each(lambda mask: np.array([10, 30, 50, 70, 100], np.uint8)[mask], 5),
+        "error: 6 masks have the values 10, 30, 50, 70 and 100, but classes are counted 0, 1, 2, ...: ml-check DATA",
+        1,
+    ),
+    "a small gap": (
+        each(lambda mask: np.array([0, 1, 3], np.uint8)[mask], 3),
+        "warning: 6 masks have the values 0, 1 and 3, which leaves out 2: ml-check DATA --fix numbers them 0 to 2",
+        0,
+    ),
+    # the set
+    "constant image": (
+        one_image(lambda path: save(path, np.full((48, 64, 3), 7, np.uint8))),
+        "warning: {data}/images/2.png has one value in all pixels",
+        0,
+    ),
+    "absent class": (
+        with_classes(good, "background cell nucleus"),
+        "warning: 1 class has no pixel in any mask, class 2 (nucleus)",
+        0,
+    ),
+    "rare class": (
+        with_stray(2),
+        "warning: 1 class is in fewer images than there are folds (5), class 2 in 1: some folds",
+        0,
+    ),
+    "bands among RGB": (
+        one_image(lambda path: write_tiff(path, np.tile(picture(2), (1, 1, 3))[:, :, :7])),
+        "images/2.png has 7 channels but 5 other images have 3",
+        1,
+    ),
+    "number types": (
+        one_image(lambda path: tifffile.imwrite(path, picture(2).astype(np.uint16), photometric="rgb")),
+        "images/2.png has uint16 numbers but 5 other images have uint8",
+        1,
+    ),
+    "gray among RGB": (
+        one_image(lambda path: save(path, picture(2)[:, :, 0])),
+        "all is well with 6 pairs of image and mask, values 0 to 1; note: images are of two kinds, 5 RGB and 1 gray",
+        0,
+    ),
+    "alpha": (
+        one_image(lambda path: save(path, np.dstack([picture(2), np.full((48, 64), 255, np.uint8)]))),
+        "note: 1 image has an alpha channel, which is dropped",
+        0,
+    ),
+    "equal images": (
+        one_image(lambda path: save(path, picture(4))),
+        "warning: {data}/images/4.png is the same picture as {data}/images/2.png",
+        0,
+    ),
+    "a turned copy": (
+        one_image(lambda path: save(path, np.rot90(picture(4), 2))),
+        "warning: {data}/images/4.png is the same picture as {data}/images/2.png turned by 180 degrees",
+        0,
+    ),
+    "a brighter copy": (
+        one_image(lambda path: save(path, (picture(4) * 0.9 + 20).astype(np.uint8))),
+        "warning: {data}/images/4.png shows nearly the same as {data}/images/2.png",
+        0,
+    ),
+}
+
+
+def run(capsys: pytest.CaptureFixture[str], data: Path, *words: object) -> tuple[int, list[str]]:
+    code = check.main([str(data), *map(str, words)])
+    return code, capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_line_names_the_true_cause(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make, cause, expected = KINDS[kind]
+    make(tmp_path)
+    code, lines = run(capsys, tmp_path)
+    assert cause.replace("{data}", str(tmp_path)) in lines[0]
+    assert code == expected
