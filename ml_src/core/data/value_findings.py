@@ -220,7 +220,7 @@ def _blended(case: _Case) -> list[Finding]:
     if case.others:
         remedy = f"{case.others}; export these again"
     elif case.plan is None:
-        remedy = "export them again without"
+        remedy = "export them again without that"
     else:
         remedy = f"{FIX} takes the nearest class"
     each = {mask.path: f"has {says(counts_of([mask]))}" for mask in harmed}

@@ -123,8 +123,12 @@ def resample(source: Source, steps: Sequence[Step], ignore_index: int) -> tuple[
         matrix = to_reduced @ matrix
 
     def sample(channels: NDArray[Any]) -> NDArray[Any]:
+        four = channels.shape[2] == 3 and channels.dtype != np.int16
+        if four:  # OpenCV samples four channels faster than three, up to twice as fast, and to the same values
+            channels = cv2.cvtColor(channels, cv2.COLOR_RGB2RGBA)
         # BORDER_REFLECT mirrors at the edge of the outer pixel, so that enlarging repeats it, as cv2.resize does
-        return _warp(channels, matrix, points, size, cv2.INTER_LINEAR, cv2.BORDER_REFLECT, 0)
+        sampled = _warp(channels, matrix, points, size, cv2.INTER_LINEAR, cv2.BORDER_REFLECT, 0)
+        return cv2.cvtColor(sampled, cv2.COLOR_RGBA2RGB) if four else sampled
 
     return by_channels(sample, image), mask
 

@@ -97,8 +97,10 @@ class Pixels:
         return (middle if dtype.kind == "f" else np.rint(middle)).astype(dtype)
 
     def mean_grey(self) -> float:
-        """Mean of the luma of an RGB image, or of all channels of another, over all pixels; exact, from a histogram."""
+        """Mean of the luma of an RGB image, or of all channels of another, over all pixels; exact."""
         image = self._image
+        if self._table is None and image.shape[2] == 3:
+            return float(np.average(cv2.mean(image)[:3], weights=LUMA))
         if image.shape[2] == 3:
             counts = sum(weight * _histogram(image, channel) for channel, weight in enumerate(LUMA))
         else:
@@ -172,10 +174,14 @@ def _histogram(image: Image, channel: int) -> NDArray[np.float64]:
 # Functions of grey levels (H, W, C), uint8 or float32; the result has the same type.
 
 
-def saturate(levels: Image, factor: float) -> Image:
-    """Mix an RGB image (H, W, 3) with its luma: 0 is grey, 1 the image itself, more is more vivid."""
-    mixing = factor * np.eye(3) + (1 - factor) * np.tile(LUMA, (3, 1))
-    mixed: Image = cv2.transform(levels, mixing)  # rounds and saturates uint8
+def mix(levels: Image, saturation: float, scale: float, shift: float) -> Image:
+    """Scale and shift the levels of an RGB image (H, W, 3) and mix them with their luma, all as one linear map.
+
+    A saturation of 0 is grey, 1 keeps the colours, more is more vivid.
+    """
+    mixing = saturation * np.eye(3) + (1 - saturation) * np.tile(LUMA, (3, 1))
+    shifts = mixing @ np.full((3, 1), shift)
+    mixed: Image = cv2.transform(levels, np.hstack([scale * mixing, shifts]))  # rounds and saturates uint8
     return mixed
 
 
@@ -234,7 +240,8 @@ class ColorJitter(Intensity):
 
     Each is defined as in `torchvision.transforms.v2.ColorJitter` (there in random order): brightness multiplies;
     contrast multiplies the distance to the image's mean grey; saturation that to the pixel's own grey; hue turns the
-    colour circle.
+    colour circle. The first three are one linear map, so that what is too bright in between, and would be clipped
+    there, is not lost.
 
     Raises: ConfigError at the first image that is not RGB, where saturation or hue is asked for.
     """
@@ -252,14 +259,15 @@ class ColorJitter(Intensity):
             )
         if rng.random() >= self.p:
             return
-        if self.brightness:
-            factor = _factor(self.brightness, rng)
-            pixels.adjust(lambda levels: levels * factor)
+        scale = _factor(self.brightness, rng) if self.brightness else 1.0
+        shift = 0.0
         if self.contrast:
-            ratio, middle = _factor(self.contrast, rng), pixels.mean_grey()
-            pixels.adjust(lambda levels: middle + ratio * (levels - middle))
+            ratio, middle = _factor(self.contrast, rng), scale * pixels.mean_grey()
+            scale, shift = ratio * scale, (1 - ratio) * middle
         if self.saturation:
-            pixels.levels = saturate(pixels.levels, _factor(self.saturation, rng))
+            pixels.levels = mix(pixels.levels, _factor(self.saturation, rng), scale, shift)
+        elif self.brightness or self.contrast:
+            pixels.adjust(lambda levels: scale * levels + shift)
         if self.hue:
             pixels.levels = shift_hue(pixels.levels, rng.uniform(-self.hue, self.hue))
 
