@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ml_src.core.config_rules import PUBLIC_STATISTICS, contradictions
 from ml_src.core.transform_specs import (
-    ColorJitter,
     Normalize,
+    RandomCrop,
     RandomResizeCrop,
     Resize,
     Section,
@@ -21,15 +22,6 @@ from ml_src.core.transform_specs import (
     ValTransform,
 )
 
-# Mean and standard deviation that are known without a look at the data: of ImageNet (near those of most photographs),
-# and of gray images that use most of their range, as one value or three.
-PUBLIC_STATISTICS = [
-    ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    ([0.5], [0.25]),
-    ([0.5] * 3, [0.25] * 3),
-    ([0.5], [0.5]),
-    ([0.5] * 3, [0.5] * 3),
-]
 Positive = Annotated[int, Field(ge=1)]
 Mode = Literal["min", "max"]
 
@@ -402,96 +394,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> "Config":
-        data, names = self.data, self.data.class_names
-        problems = []
-        if self.model.num_classes != data.num_classes:
-            problems.append(f"model.num_classes is {self.model.num_classes} but data.num_classes is {data.num_classes}")
-        if self.loss.ignore_index != data.ignore_index:
-            problems.append(
-                f"loss.ignore_index is {self.loss.ignore_index} but data.ignore_index is {data.ignore_index}: "
-                "set it under data only"
-            )
-        if names is not None and len(names) != data.num_classes:
-            problems.append(f"data.class_names has {len(names)} names but data.num_classes is {data.num_classes}")
-        weights = self.loss.class_weights
-        if isinstance(weights, list) and len(weights) != data.num_classes:
-            problems.append(f"loss.class_weights has {len(weights)} values but data.num_classes is {data.num_classes}")
-        if names is not None and (len(set(names)) < len(names) or not all(name.strip() for name in names)):
-            problems.append("data.class_names has a name twice, or an empty one")
-        if isinstance(weights, list) and not any(weights):
-            problems.append("loss.class_weights are all 0")
-        if self.loss.dice_bce.dice_weight == self.loss.dice_bce.bce_weight == 0:
-            problems.append("loss.dice_bce: both weights are 0")
-        if isinstance(self.scheduler, CosineSchedule) and self.scheduler.eta_min > self.optimizer.lr:
-            problems.append(f"scheduler.eta_min {self.scheduler.eta_min:g} is above optimizer.lr {self.optimizer.lr:g}")
-        problems += self._trainer_problems()
-        words = [callback.type for callback in self.training.callbacks]
-        problems += [f"training.callbacks has {w} twice" for w in sorted(set(words)) if words.count(w) > 1]
-        problems += self._transform_problems()
+        problems = contradictions(self)
         if problems:
             raise ValueError("; ".join(problems))
         return self
-
-    def _trainer_problems(self) -> list[str]:
-        """What the chosen trainer cannot do."""
-        training, problems = self.training, []
-        trainer, dp = training.trainer_type, training.dp
-        if trainer == "dp":
-            if dp is None or dp.noise_multiplier is dp.target_epsilon is None:
-                problems.append("training.dp needs a noise_multiplier, a target_epsilon, or both")
-            if self.model.norm != "group":
-                problems.append("model.norm must be group with trainer_type dp: batch normalisation mixes the images")
-            if training.compile:
-                problems.append("training.compile does not go with trainer_type dp, whose hooks it would lose")
-            if self.loss.class_weights == "balanced":
-                problems.append("loss.class_weights: balanced counts the private masks: give weights known beforehand")
-            problems += self._undeclared_statistics()
-            if self.data.samples_per_image > 1:
-                problems.append("data.samples_per_image must be 1 with trainer_type dp: it would spend privacy unseen")
-        if training.num_processes is not None and trainer != "accelerate":
-            problems.append(f"training.num_processes is for trainer_type accelerate, not {trainer}")
-        if training.auto_batch and trainer in ("accelerate", "dp"):
-            problems.append(f"training.auto_batch does not go with trainer_type {trainer}: set training.batch_size")
-        return problems
-
-    def _undeclared_statistics(self) -> list[str]:
-        """What was perhaps computed from private images, outside of the guarantee."""
-        if self.training.dp is None or self.training.dp.public_statistics:
-            return []
-        given = [(spec.mean, spec.std) for spec in self.train_transforms if isinstance(spec, Normalize)]
-        of_data = ["transforms.*.normalize" for one in given if one not in PUBLIC_STATISTICS]
-        of_data += ["loss.class_weights"] * isinstance(self.loss.class_weights, list)
-        return [
-            f"{key} may have been computed from the private images: use values known beforehand, or say "
-            "training.dp.public_statistics: true if they were not"
-            for key in of_data
-        ]
-
-    def _transform_problems(self) -> list[str]:
-        """What the lists of transforms contradict: the channels of the image, or each other."""
-        problems, channels = [], self.model.in_channels
-        for split in ("train", "val"):
-            for spec in getattr(self.transforms, split) or []:
-                if isinstance(spec, Normalize):
-                    problems += [
-                        f"transforms.{split}: normalize.{key} has {len(values)} values but in_channels is {channels}"
-                        for key, values in (("mean", spec.mean), ("std", spec.std))
-                        if values != "data" and len(values) not in (1, channels)
-                    ]
-                    if (spec.mean == "data") != (spec.std == "data"):
-                        problems.append(f"transforms.{split}: give normalize both mean and std, or neither")
-                if isinstance(spec, ColorJitter) and (spec.saturation or spec.hue) and channels != 3:
-                    problems.append(
-                        f"transforms.{split}: saturation and hue need colour, but in_channels is {channels}"
-                    )
-        train, val = (
-            [s for s in specs if isinstance(s, Normalize)] for specs in (self.train_transforms, self.val_transforms)
-        )
-        if train != val:
-            problems.append(
-                "transforms: normalize must be the same in train and val: copy it, or leave out transforms.val"
-            )
-        return problems
 
     # What follows from the keys, said in one place.
 
@@ -545,7 +451,7 @@ class Config(Section):
         """The largest height and width of a training image; None where it has that of its file."""
         sizes: list[tuple[int, int]] = []
         for spec in self.train_transforms:
-            if isinstance(spec, Resize):
+            if isinstance(spec, Resize | RandomCrop):
                 sizes = [spec.size]
             elif isinstance(spec, RandomResizeCrop):
                 sizes = spec.sizes

@@ -56,7 +56,7 @@ def _section(title: str, section: type[BaseModel], level: int) -> list[str]:
     flat = {
         name: f for name, f in section.model_fields.items() if name not in inner and not (tagged and name == "type")
     }
-    lines = ["", f"{'#' * level} {title}", "", (section.__doc__ or "").strip(), ""]
+    lines = ["", f"{'#' * level} {title}", "", " ".join((section.__doc__ or "").split()), ""]
     lines += _table(flat) if flat else []
     for name, field in inner.items():
         lines += _describe(f"{title.rstrip('`:')}.{name}:`", field, level + 1)
@@ -67,7 +67,8 @@ def _table(fields: dict[str, FieldInfo]) -> list[str]:
     lines = ["| key | values | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in fields.items():
         default = "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
-        lines.append(f"| `{name}` | {_values(field)} | {default} | {field.description or ''} |")
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"| `{name}` | {_values(field)} | {default} | {meaning} |")
     return lines
 
 

@@ -54,6 +54,8 @@ def find_files(data_dir: Path, mask_dir: Path | None = None) -> list[Files]:
 
 def _advice(data_dir: Path) -> str:
     inside = [folder.name for folder in _folders_in(data_dir) if _is_data_set(folder)]
+    if data_dir.name in ("images", "masks"):
+        return f"give the folder above, {data_dir.parent}"
     if inside:
         return f"give one of its folders that has, {listed(inside)}"
     return "put the images there, and the masks in a folder masks beside it"
