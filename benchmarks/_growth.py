@@ -3,21 +3,24 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import tifffile
 from PIL import Image
 
 from ml_src.core.data.sample import draw_sample
 
+TILE = 256
 DISTINCT = 50  # so many pictures, linked under as many names as are asked for
 SIDE = 32
 
 LOADER = """
-import sys, time
+import sys
 from pathlib import Path
-from pydantic import TypeAdapter
 from ml_src.core.data.loaders import Loader
 from ml_src.core.data.order import EpochOrder
 from ml_src.core.data.segmentation import SegmentationDataset
@@ -35,10 +38,64 @@ for _ in range(60):
 def private(pid):
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_")) / 1024
-import psutil
-workers = [child.pid for child in psutil.Process().children() if "resource_tracker" not in " ".join(child.cmdline())]
-print(len(pairs), max(private(pid) for pid in workers), psutil.Process().memory_info().rss / 2**20)
+import multiprocessing
+main = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+print(len(pairs), max(private(child.pid) for child in multiprocessing.active_children()), main)
 """
+
+
+SCENE = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from pydantic import TypeAdapter
+from ml_src.core.data.files import Pair
+from ml_src.core.data.segmentation import SampleKey, SegmentationDataset
+from ml_src.core.transform_specs import TrainTransform
+from ml_src.core.transforms import build_transforms
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+crop = {"type": "random_crop", "size": [512, 512]} | ({"classes": [1]} if sys.argv[2] else {})
+lines = TypeAdapter(list[TrainTransform]).validate_python([crop, {"type": "random_rotation", "degrees": 15}])
+folder = Path(sys.argv[1])
+pairs = [Pair(folder / "image.tif", folder / "mask.tif")]
+dataset = SegmentationDataset(pairs, build_transforms(lines, 255), 3, 0)
+before = peak()
+start = time.perf_counter()
+dataset[SampleKey(0)]
+first = time.perf_counter() - start
+seconds = []
+for sample in range(1, 100):
+    start = time.perf_counter()
+    dataset[SampleKey(sample)]
+    seconds.append(time.perf_counter() - start)
+print(first * 1000, np.median(seconds) * 1000, peak() - before)
+"""
+
+
+def scene(folder: Path, side: int) -> list[dict[str, Any]]:
+    """One row a way to choose the crop: samples of 512 pixels from a scene, image and mask tiled and compressed."""
+    rng = np.random.default_rng(0)
+    across = -(-side // TILE)
+    pictures = [rng.integers(0, 16, (TILE, TILE, 3), dtype=np.uint8) * 16 for _ in range(8)]
+    rare, none = np.eye(TILE, dtype=np.uint8), np.zeros((TILE, TILE), np.uint8)
+    contents = {
+        "image": (pictures[index % 8] for index in range(across**2)),
+        "mask": (rare if index % 50 == 7 else none for index in range(across**2)),
+    }
+    for name, tiles in contents.items():
+        shape, colours = ((side, side, 3), "rgb") if name == "image" else ((side, side), "minisblack")
+        how = {"tile": (TILE, TILE), "compression": "deflate", "photometric": colours}
+        tifffile.imwrite(folder / f"{name}.tif", tiles, shape=shape, dtype=np.uint8, **how)
+    rows = []
+    for what, flag in (("anywhere", ""), ("on a rare class", "classes")):
+        _, _, output = run([sys.executable, "-c", SCENE, str(folder), flag])
+        first, median, memory = map(float, output.split())
+        rows.append({"crop": what, "side": side, "first ms": first, "median ms": median, "MiB on top": memory})
+    return rows
 
 
 def growth(folder: Path, most_files: int, most_pairs: int) -> list[dict[str, Any]]:
@@ -92,12 +149,19 @@ def row(name: str, number: int, seconds: float, peak: float, worker: float | Non
     }
 
 
+# A process's own peak counts that of the process it was forked from, so that one must be small.
+LAUNCH = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:])
+_, _, usage = os.wait4(process.pid, 0)
+open(sys.argv[1], "w").write(str(usage.ru_maxrss / 1024))
+"""
+
+
 def run(words: list[str]) -> tuple[float, float, str]:
     """Seconds, peak memory in MiB and output of a whole process."""
-    start = time.perf_counter()
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        output = process.stdout.read()
-        _, _, usage = os.wait4(process.pid, 0)
-        process.returncode = 0
-    return time.perf_counter() - start, usage.ru_maxrss / 1024, output
+    with tempfile.NamedTemporaryFile("r") as peak:
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", LAUNCH, peak.name, *words], stdout=subprocess.PIPE, text=True)
+        seconds = time.perf_counter() - start
+        return seconds, float(peak.read()), done.stdout

@@ -16,7 +16,7 @@ import cv2
 import monai.transforms
 import numpy as np
 import torch
-from _growth import growth
+from _growth import growth, scene
 from _report import report
 from pydantic import TypeAdapter
 from torchvision import tv_tensors
@@ -150,9 +150,9 @@ def transforms(args: argparse.Namespace) -> None:
 def whole_loader(args: argparse.Namespace, folder: Path) -> None:
     """An epoch of the loader in this process against the decoding of the same files."""
     rows = []
-    for suffix in (".png", ".jpg"):
-        data = folder / suffix[1:]
-        write_sample(data, num_images=8, height=SIDE, width=SIDE)
+    for suffix, side in ((".png", SIDE), (".jpg", SIDE), (".jpg", 2 * SIDE)):
+        data = folder / f"{suffix[1:]}_{side}"
+        write_sample(data, num_images=8, height=side, width=side)
         if suffix == ".jpg":
             for path in (data / "images").glob("*.png"):
                 cv2.imwrite(str(path.with_suffix(suffix)), cv2.imread(str(path)), [cv2.IMWRITE_JPEG_QUALITY, 92])
@@ -163,7 +163,7 @@ def whole_loader(args: argparse.Namespace, folder: Path) -> None:
             works[f"whole loader{', elastic' * elastic}"] = epoch_of(pairs, elastic)
         found = take_turns(works, args.rounds, dict.fromkeys(works, 2))
         found = {name: [value / len(pairs) for value in values] for name, values in found.items()}
-        rows += rows_of(found, "decode alone", files=suffix)
+        rows += rows_of(found, "decode alone", files=f"{suffix} {side} px")
     report("input_pipeline_loader", vars(args), rows)
 
 
@@ -188,10 +188,11 @@ def epoch_of(pairs: list[Pair], elastic: bool) -> Work:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--source", type=int, default=SIDE, help="side of the image before the resize")
+    parser.add_argument("--source", type=int, default=768, help="side of the image before the resize")
+    parser.add_argument("--side", type=int, default=20_000, help="of the large scene")
     parser.add_argument("--files", type=int, default=100_000, help="of the largest data set")
     parser.add_argument("--pairs", type=int, default=5_000, help="of the largest check")
-    parser.add_argument("--parts", nargs="+", default=["transforms", "loader", "growth"])
+    parser.add_argument("--parts", nargs="+", default=["transforms", "loader", "scene", "growth"])
     args = parser.parse_args()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
@@ -200,6 +201,8 @@ def main() -> None:
             transforms(args)
         if "loader" in args.parts:
             whole_loader(args, Path(folder))
+        if "scene" in args.parts:
+            report("input_pipeline_scene", vars(args), scene(Path(folder), args.side))
         if "growth" in args.parts:
             report("input_pipeline_growth", vars(args), growth(Path(folder), args.files, args.pairs))
 

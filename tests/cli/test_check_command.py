@@ -497,6 +497,13 @@ def test_the_same_picture_in_two_parts_of_a_split_is_an_error(
     assert (code, f"but they are in {where}" in lines[0]) == ((0, False) if where is None else (1, True))
 
 
+def test_an_image_that_is_listed_in_two_parts_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good(tmp_path)
+    index_files(tmp_path, [{"train": [0, 1, 4], "val": [2, 3]}], [4, 5])
+    code, lines = run(capsys, tmp_path)
+    assert (code, f"{tmp_path}/images/4.png is in test and train of fold 0 at once" in lines[0]) == (1, True)
+
+
 def test_a_resized_copy_in_two_parts_of_a_split_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good(tmp_path)
     index_files(tmp_path, TWO_FOLDS, [4, 5])
@@ -544,7 +551,7 @@ def tiles(folder: Path, lefts: list[float]) -> None:
         save(folder / "masks" / f"{index}.png", labels(index))
         (folder / "images").mkdir(exist_ok=True)
         pixels = picture(index).transpose(2, 0, 1)
-        place = rasterio.transform.from_origin(left, 0, 1, 1)
+        place = rasterio.Affine(1, 0, left, 0, -1, 100)
         profile = {"driver": "GTiff", "height": 48, "width": 64, "count": 3, "dtype": "uint8", "crs": "EPSG:32633"}
         with rasterio.open(folder / "images" / f"{index}.tif", "w", transform=place, **profile) as raster:
             raster.write(pixels)

@@ -67,6 +67,12 @@ def test_every_mistake_of_a_file_is_reported_at_once() -> None:
         ({"run_name": "../up"}, "run_name: "),
         ({"run_name": ""}, "run_name: "),
         ({"training": {"callbacks": [{"type": "lr_monitor"}] * 2}}, "training.callbacks has lr_monitor twice"),
+        ({"data": MINIMAL["data"] | {"samples_per_image": 0}}, "data.samples_per_image: "),
+        ({"transforms": {"train": [{"type": "normalize", "mean": [0]}]}}, "both mean and std, or neither"),
+        (
+            {"transforms": {"train": [{"type": "random_crop", "size": [8, 8], "classes": [1, 3]}]}},
+            "random_crop.classes has 3 but num_classes is 3",
+        ),
     ],
 )
 def test_values_that_cannot_be_are_refused(change: dict[str, Any], expected: str) -> None:
@@ -175,6 +181,38 @@ def test_no_junk_ends_in_anything_but_a_sentence(raw: dict[str, Any]) -> None:
         parse_config(raw)
 
 
+DP = {"trainer_type": "dp", "dp": {"noise_multiplier": 1.0, "public_statistics": True}}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"transforms": {"train": [{"type": "normalize"}]}}, "normalize: data reads the private images"),
+        ({"model": {"in_channels": 5}}, "normalize: data reads the private images"),
+        ({"data": MINIMAL["data"] | {"samples_per_image": 2}}, "data.samples_per_image must be 1"),
+    ],
+)
+def test_what_would_spend_privacy_unseen_is_refused(change: dict[str, Any], expected: str) -> None:
+    parse_config({**MINIMAL, "training": DP})
+    assert expected in message({**MINIMAL, "training": DP, **change})
+
+
+def test_statistics_left_to_the_data_become_numbers_in_both_lists() -> None:
+    lists = {"train": [{"type": "random_rotation", "degrees": 3}, {"type": "normalize"}]}
+    config = parse_config({**MINIMAL, "transforms": lists})
+    assert config.needs_statistics
+    settled = config.with_statistics([0.1, 0.2, 0.3], [1.0, 2.0, 3.0])
+    assert not settled.needs_statistics
+    assert settled.train_transforms[1] == settled.val_transforms[0]
+    assert settled.val_transforms[0].mean == [0.1, 0.2, 0.3]
+    assert parse_config(plain(settled)) == settled
+
+
+@pytest.mark.parametrize(("in_channels", "left"), [(1, False), (3, False), (2, True), (224, True)])
+def test_without_transforms_only_gray_and_rgb_have_known_statistics(in_channels: int, left: bool) -> None:
+    assert parse_config({**MINIMAL, "model": {"in_channels": in_channels}}).needs_statistics is left
+
+
 def test_the_schema_knows_every_section() -> None:
     schema = Config.model_json_schema()
     assert set(schema["properties"]) == set(Config.model_fields)
@@ -182,7 +220,7 @@ def test_the_schema_knows_every_section() -> None:
     assert schema["$defs"]["TrainingConfig"]["properties"]["batch_size"]["description"]
 
 
-@pytest.mark.parametrize("module", ["split", "init_config", "train", "inference", "demo"])
+@pytest.mark.parametrize("module", ["split", "init_config", "train", "inference", "demo", "check"])
 def test_help_answers_without_torch(module: str) -> None:
     code = (
         f"import sys; from ml_src.cli import {module}\n"

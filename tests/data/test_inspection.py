@@ -12,6 +12,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from ml_src.core.data import headers, inspection
+from ml_src.core.data.duplicates import near_duplicates
 from ml_src.core.data.inspection import MOST_VALUES, inspect_all, look
 from ml_src.core.data.layouts import Files, find_files
 from ml_src.core.errors import DataError
@@ -142,6 +143,11 @@ def test_one_folder_an_image_is_understood(tmp_path: Path) -> None:
         Files(tmp_path / "x/images/x.png", (tmp_path / "x/masks/1.png", tmp_path / "x/masks/2.png")),
         Files(tmp_path / "y/images/y.png", (tmp_path / "y/masks/1.png",)),
     ]
+    touch(tmp_path, "fixed/x.png", "fixed/y.png")
+    assert find_files(tmp_path, tmp_path / "fixed") == [
+        Files(tmp_path / "x/images/x.png", (tmp_path / "fixed/x.png",)),
+        Files(tmp_path / "y/images/y.png", (tmp_path / "fixed/y.png",)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -165,26 +171,23 @@ def test_what_is_no_data_set_is_refused_with_what_is_there(names: list[str], rea
 
 
 @given(
-    arrays(
+    pixels=arrays(
         st.sampled_from([np.uint8, np.uint16, np.int16, np.float32]),
         st.tuples(st.integers(1, 6), st.integers(1, 6)),
         elements=st.integers(0, 3),
     )
 )
-def test_values_are_counted_as_they_are_stored(pixels: np.ndarray) -> None:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "mask.tif"
-        tifffile.imwrite(path, pixels, photometric="minisblack")
-        found = mask_look(path)
+def test_values_are_counted_as_they_are_stored(pixels: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("values") / "mask.tif"
+    tifffile.imwrite(path, pixels, photometric="minisblack")
+    found = mask_look(path)
     assert found.values == Counter(pixels.ravel().tolist())
     assert (found.num_distinct, found.colours, found.problem) == (len(np.unique(pixels)), {}, None)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_colours_are_counted_as_they_are_stored(dtype: type, tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 3, (20, 30, 3)).astype(dtype) * np.iinfo(dtype).max // 2
+    pixels = np.random.default_rng(0).integers(0, 3, (20, 30, 3)).astype(dtype) * (np.iinfo(dtype).max // 2)
     path = tmp_path / "mask.tif"
     tifffile.imwrite(path, pixels, photometric="rgb")
     found = mask_look(path)
@@ -239,8 +242,6 @@ def test_an_image_is_constant_where_every_channel_is(tile: tuple[int, int] | Non
 
 
 def test_an_image_read_in_bands_has_nearly_the_fingerprint_of_the_same_image_read_whole(tmp_path: Path) -> None:
-    from ml_src.core.data.duplicates import near_duplicates
-
     coarse = np.random.default_rng(0).integers(0, 256, (11, 13, 3), np.uint8)
     pixels = np.asarray(Image.fromarray(coarse).resize((1300, 1100), Image.Resampling.BICUBIC))
     tifffile.imwrite(tmp_path / "tiled.tif", pixels, tile=(256, 256))

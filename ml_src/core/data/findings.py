@@ -57,8 +57,10 @@ def find(
     num_classes = num_classes or (len(names) if names else None)
     images = [look.image for look in looks if look.image is not None]
     masks = [mask for look in looks for mask in look.masks]
-    merged = any(len(look.masks) > 1 for look in looks)  # then values say which object, not which class
-    of_masks = [] if merged else mask_findings(masks, num_classes)
+    single = [look.masks[0] for look in looks if len(look.masks) == 1]
+    if 2 * sum(len(look.masks) > 1 for look in looks) > len(looks):  # values say which object, not which class
+        single = []
+    of_masks = mask_findings(single, num_classes)
     parts = Parts(data_dir, splits_dir)
     found = [
         *_unreadable(looks),
@@ -70,8 +72,8 @@ def find(
         *split_findings([image for image in images if image.problem is None], parts),
     ]
     bad = {finding.path for finding in of_masks if finding.severity == "error"}
-    good = [mask for mask in masks if mask.values and mask.path not in bad]
-    if 2 * len(good) > len(masks) and not merged:
+    good = [mask for mask in single if mask.values and mask.path not in bad]
+    if 2 * len(good) > len(masks):
         found += class_findings(good, names, num_classes, len(parts.folds) or FOLDS)
     return _ordered(found)
 
@@ -224,7 +226,8 @@ def _folders(looks: Sequence[Look], data_dir: Path) -> list[Finding]:
     if not apart:
         return []
     where = f"put all images into {data_dir / 'images'} and their masks into {data_dir / 'masks'}"
-    return [of_set("layout", "error", f"{apart} images lie each in a folder of its own: {where}", where)]
+    lie = "images lie each" if apart > 1 else "image lies"
+    return [of_set("layout", "error", f"{apart} {lie} in a folder of its own: {where}", where)]
 
 
 def _other_names(looks: Sequence[Look], data_dir: Path) -> list[Finding]:

@@ -66,6 +66,7 @@ KINDS: tuple[str, ...] = (
     "channels_differ",
     "number_types_differ",
     "missing_files",
+    "listed_twice",
     "split_groups",
     "duplicates",
     "near_duplicates",

@@ -37,11 +37,14 @@ def find_files(data_dir: Path, mask_dir: Path | None = None) -> list[Files]:
     image_dir, masks_dir = data_dir / "images", mask_dir or data_dir / "masks"
     if not data_dir.is_dir():
         raise DataError(f"{data_dir} does not exist: give the folder that holds images/ and masks/")
-    if not image_dir.is_dir():
-        if found := _one_folder_an_image(data_dir):
-            return found
-        raise DataError(f"{data_dir} has no folder images: {_advice(data_dir)}")
     images = _files_in(image_dir)
+    if not image_dir.is_dir():
+        apart = _one_folder_an_image(data_dir)
+        images = [found.image for found in apart if found.image is not None]
+        if not images:
+            raise DataError(f"{data_dir} has no folder images: {_advice(data_dir)}")
+        if mask_dir is None:
+            return apart
     if not images:
         raise DataError(f"{image_dir} holds no image files ({', '.join(SUFFIXES)}){_holds(image_dir)}")
     if not masks_dir.is_dir():

@@ -10,6 +10,7 @@ from ml_src.core.data.mask_colours import proposed_table
 from ml_src.core.data.mask_values import shown
 from ml_src.core.data.value_findings import (
     COMMON_SHARE,
+    MOST_CERTAIN,
     MOST_CLASSES,
     NUM_LISTED,
     Counts,
@@ -97,7 +98,7 @@ def _colours(masks: Masks, _: str) -> list[Finding]:
     common = Counter({colour: n for colour, n in colours.items() if n >= COMMON_SHARE * colours.total()})
     if len(colours) > MOST_CLASSES and len(common) < len(colours) / 2:
         remedy = "export them again without smoothing (anti-aliasing), resizing or compression"
-        blends = f"a few common ones, {_shares(common, colours)}, and blends of them: {remedy}"
+        blends = f"a few common ones, {_shares(common, colours, MOST_CERTAIN)}, and blends of them: {remedy}"
         each = {mask.path: f"holds {mask.num_distinct} colours, {blends}" for mask in masks}
         return of_files("blended_mask", "error", "mask", each, f"hold {len(colours)} colours, {blends}", remedy)
     table = proposed_table(Counter({(c[0], c[1], c[2]): n for c, n in colours.items()}))
@@ -110,10 +111,10 @@ def _colours(masks: Masks, _: str) -> list[Finding]:
     return of_files("colour_mask", "error", "mask", each, together, command, table)
 
 
-def _shares(colours: Counter[Colour], of: Counter[Colour]) -> str:
+def _shares(colours: Counter[Colour], of: Counter[Colour], most: int = NUM_LISTED) -> str:
     """Say which colours there are, as r,g,b, and their shares of the pixels."""
     words = [f"{','.join(map(str, c))} ({100 * n / of.total():.2g} %)" for c, n in colours.most_common()]
-    return listed(words, NUM_LISTED)
+    return listed(words, most)
 
 
 def _equal_channels(masks: Masks, fix: str) -> list[Finding]:

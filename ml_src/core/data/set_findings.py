@@ -116,14 +116,16 @@ class Parts:
         self.files = {} if splits_dir is None else existing_files(splits_dir)
         self.folds: list[dict[str, str]] = []  # path of an image -> test, train or val
         lists = {name: _paths(text, data_dir) for name, text in self.files.items() if name != GROUPS}
-        test = dict.fromkeys(lists.get("test_images.txt", []), "test")
-        fold = 0
-        while f"fold_{fold}_train_images.txt" in lists:
-            parts = dict(test)
+        self.twice: dict[Path, str] = {}  # images that are in two parts themselves, and in which
+        while f"fold_{len(self.folds)}_train_images.txt" in lists:
+            fold, parts = len(self.folds), dict.fromkeys(lists.get("test_images.txt", []), "test")
             for part in ("train", "val"):
-                parts |= dict.fromkeys(lists.get(f"fold_{fold}_{part}_images.txt", []), part)
+                paths = lists.get(f"fold_{fold}_{part}_images.txt", [])
+                self.twice |= {
+                    Path(path): f"{parts[path]} and {part} of fold {fold}" for path in paths if path in parts
+                }
+                parts |= dict.fromkeys(paths, part)
             self.folds.append(parts)
-            fold += 1
         self.gone = {
             name: gone
             for name, paths in lists.items()
@@ -136,8 +138,7 @@ class Parts:
         for fold, parts in enumerate(self.folds):
             both = parts.get(one), parts.get(other)
             if None not in both and both[0] != both[1]:
-                where = "" if "test" in both and "val" not in both and len(self.folds) < 2 else f" of fold {fold}"
-                return f"{both[0]} and {both[1]}{where}"
+                return f"{both[0]} and {both[1]} of fold {fold}"
         return None
 
 
@@ -153,7 +154,7 @@ def split_findings(images: Sequence[ImageLook], parts: Parts) -> list[Finding]:
     """Name what index files list but is gone, groups that are divided, and images in two parts that show the same."""
     copies, same = _duplicates(images, parts)
     groups = _divided_groups([image.path for image in images], parts)
-    return [*_gone(parts), *groups, *copies, *_overlaps(images, parts, same)]
+    return [*_gone(parts), *_twice(parts), *groups, *copies, *_overlaps(images, parts, same)]
 
 
 def _gone(parts: Parts) -> list[Finding]:
@@ -166,6 +167,12 @@ def _gone(parts: Parts) -> list[Finding]:
     number = len({path for paths in parts.gone.values() for path in paths})
     together = f"name {number} files that are not there: restore them, or run ml-split again"
     return of_files("missing_files", "error", "index file", says, together, "run ml-split again")
+
+
+def _twice(parts: Parts) -> list[Finding]:
+    remedy = "scores would be too good: run ml-split again"
+    says = {path: f"is in {where} at once: {remedy}" for path, where in parts.twice.items()}
+    return of_files("listed_twice", "error", "image", says, f"are in two parts of the split at once: {remedy}")
 
 
 def _divided_groups(images: Sequence[Path], parts: Parts) -> list[Finding]:

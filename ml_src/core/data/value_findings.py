@@ -123,18 +123,26 @@ def _indices(masks: Masks, num_classes: int | None, fix: str) -> list[Finding]:
     found = set(counts_of(masks))
     legal = set(range(num_classes)) if num_classes else set(takewhile(found.__contains__, range(len(found))))
     whole = _Case(masks, num_classes, legal, _plan(masks, num_classes), fix)
+    odd = found - legal - {UNLABELLED}
     if found == {0, UNLABELLED} and (num_classes or 0) <= UNLABELLED:
         return _stretched(whole)
-    if found - {UNLABELLED} <= legal and (found - {UNLABELLED} or num_classes):
+    if (whole.plan is not None and whole.plan.identity) or (num_classes and not odd):
         return _lone_255(whole)
+    crowded = [mask for mask in masks if mask.num_distinct > MOST_CLASSES]
+    if crowded and 2 * len(crowded) <= len(masks):
+        rest = [mask for mask in masks if mask.num_distinct <= MOST_CLASSES]
+        return _judged(_different(crowded, rest, whole)) + _indices(rest, num_classes, fix)
     strays = [mask for mask in masks if _is_stray(mask, legal)]
-    rest = counts_of([mask for mask in masks if not _is_stray(mask, legal)])
-    odd = found - legal - {UNLABELLED}
-    known = num_classes is not None or min(odd) > 2 * len(legal)  # nearer ones may be classes that others lack
-    if 2 * len(strays) > len(masks) or len(rest.keys() - {UNLABELLED}) < 2 or not known:
+    rest = [mask for mask in masks if not _is_stray(mask, legal)]
+    near = num_classes is None and min(odd, default=0) <= 2 * len(legal)  # classes, perhaps, that other masks lack
+    if near or 2 * len(strays) > len(masks) or len(counts_of(rest).keys() - {UNLABELLED}) < 2:
         return _judged(whole)
-    others = f"the other masks have {some(rest)}"
-    return _judged(_Case(strays, num_classes, legal, _plan(strays, num_classes), ALIKE, others))
+    return _judged(_different(strays, rest, whole))
+
+
+def _different(masks: Masks, rest: Masks, whole: _Case) -> _Case:
+    plan = _plan(masks, whole.num_classes)
+    return _Case(masks, whole.num_classes, whole.legal, plan, ALIKE, f"the other masks have {some(counts_of(rest))}")
 
 
 def _is_stray(mask: MaskLook, legal: set[int]) -> bool:
