@@ -1,4 +1,4 @@
-"""The command ml-check: what is wrong with a data set, and what mends it. Next to read: `core/data/findings.py`."""
+"""The command ml-check: what is wrong with a data set, and what mends it. Next to read: `core/checking/findings.py`."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from ml_src.cli._app import Parser, run
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ml_src.core.data.inspection import Look
+    from ml_src.core.checking.inspection import Look
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,9 +46,9 @@ def _check(argv: Sequence[str]) -> int:
     if args.undo:
         return _undo(output_dir)
 
-    from ml_src.core.data import check_report
+    from ml_src.core.checking import report
+    from ml_src.core.checking.findings import find, headline
     from ml_src.core.data.files import read_class_names
-    from ml_src.core.data.findings import find, headline
 
     _require_sense(args)
     names = read_class_names(data_dir)
@@ -58,9 +58,9 @@ def _check(argv: Sequence[str]) -> int:
 
     print(headline(findings, looks, names))
     print()
-    check_report.print_report(findings, sum(look.image is not None and bool(look.masks) for look in looks))
+    report.print_report(findings, sum(look.image is not None and bool(look.masks) for look in looks))
     if args.report is not None:
-        check_report.write_report(Path(args.report), findings, looks, data_dir)
+        report.write_report(Path(args.report), findings, looks, data_dir)
         print(f"report in {args.report}")
     errors = [finding for finding in findings if finding.severity == "error"]
     if not args.fix:
@@ -73,7 +73,7 @@ def _require_sense(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, before thousands of files are read."""
     from pathlib import Path
 
-    from ml_src.core.data.check_report import require_ending
+    from ml_src.core.checking.report import require_ending
     from ml_src.core.errors import ConfigError
 
     if args.num_classes is not None and args.num_classes < 2:
@@ -87,8 +87,8 @@ def _require_sense(args: argparse.Namespace) -> None:
 
 
 def _look(data_dir: "Path", mask_dir: "Path | None") -> "list[Look]":
-    from ml_src.core.data.inspection import inspect_all
-    from ml_src.core.data.layouts import find_files
+    from ml_src.core.checking.inspection import inspect_all
+    from ml_src.core.checking.layouts import find_files
     from ml_src.core.progress import progress_bar
 
     files = find_files(data_dir, mask_dir)
@@ -100,7 +100,7 @@ def _fix(looks: "list[Look]", data_dir: "Path", output_dir: "Path", args: argpar
     """Write repaired masks and say what was done; returns how many were refused."""
     from pathlib import Path
 
-    from ml_src.core.data import repair
+    from ml_src.core.checking import repair
 
     colors = None if args.colors is None else Path(args.colors)
     outcome = repair.fix(looks, data_dir, output_dir, colors, args.merge, args.num_classes)
@@ -111,7 +111,7 @@ def _fix(looks: "list[Look]", data_dir: "Path", output_dir: "Path", args: argpar
 
 
 def _undo(output_dir: "Path") -> int:
-    from ml_src.core.data import repair
+    from ml_src.core.checking import repair
 
     for line in repair.undo(output_dir):
         print(line)
@@ -121,7 +121,7 @@ def _undo(output_dir: "Path") -> int:
 def _preview(config_path: "Path", data_dir: "Path", output: str | None) -> int:
     from pathlib import Path
 
-    from ml_src.core.data.preview import write_preview
+    from ml_src.core.checking.preview import write_preview
 
     sheet = Path(output) if output else Path(f"{data_dir.resolve().name}_preview.png")
     print(f"samples as the model will see them in {write_preview(config_path, data_dir, sheet)}")

@@ -103,7 +103,7 @@ def find_pairs(image_dir: Path, mask_dir: Path) -> list[Pair]:
 def _by_stem(folder: Path) -> dict[str, list[Path]]:
     try:
         with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if _is_image_name(entry.name) and entry.is_file()]
+            names = [entry.name for entry in entries if is_image_name(entry.name) and entry.is_file()]
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}): give the folder that holds the files") from error
     if not names:
@@ -116,7 +116,8 @@ def _by_stem(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _is_image_name(name: str) -> bool:
+def is_image_name(name: str) -> bool:
+    """Whether a file is taken for an image by its name: an ending that is known, and not hidden."""
     return not name.startswith(".") and name.lower().endswith(SUFFIXES)
 
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ml_src.core.data.conversions import BACKGROUND, ByChannel, ByColour, ByFolder, ByValue, Conversion, Union
+from ml_src.core.checking.conversions import BACKGROUND, ByChannel, ByColour, ByFolder, ByValue, Conversion, Union
+from ml_src.core.checking.inspection import ImageLook, Look, MaskLook
+from ml_src.core.checking.mask_colours import Colour, ColourMap, colours_of, proposed_table
+from ml_src.core.checking.mask_values import Tally, plan_values, tally_of
+from ml_src.core.checking.stored import Kind, Stored, read_stored
 from ml_src.core.data.files import listed, stem_of, upright
 from ml_src.core.data.headers import Header
-from ml_src.core.data.inspection import ImageLook, Look, MaskLook
-from ml_src.core.data.mask_colours import Colour, ColourMap, colours_of, proposed_table
-from ml_src.core.data.mask_values import Tally, plan_values, tally_of
-from ml_src.core.data.stored import Kind, Stored, read_stored
 from ml_src.core.errors import DataError
 
 MOST_THREADS = 4  # each holds a whole mask

@@ -7,12 +7,12 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ml_src.core.checking.inspection import Cause, ImageLook, Look, MaskLook
+from ml_src.core.checking.kinds import FIX, KINDS, SEVERITIES, Finding, named, of_files, of_set
+from ml_src.core.checking.mask_findings import mask_findings
+from ml_src.core.checking.set_findings import FOLDS, Parts, class_findings, image_findings, split_findings
 from ml_src.core.data.files import listed, stem_of
 from ml_src.core.data.headers import MAX_DECODED, Header
-from ml_src.core.data.inspection import Cause, ImageLook, Look, MaskLook
-from ml_src.core.data.kinds import FIX, KINDS, SEVERITIES, Finding, named, of_files, of_set
-from ml_src.core.data.mask_findings import mask_findings
-from ml_src.core.data.set_findings import FOLDS, Parts, class_findings, image_findings, split_findings
 
 __all__ = ["Finding", "find", "headline"]
 

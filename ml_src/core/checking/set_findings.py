@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ml_src.core.checking.duplicates import near_duplicates
+from ml_src.core.checking.inspection import ImageLook, MaskLook
+from ml_src.core.checking.kinds import Finding, named, of_files, of_set
+from ml_src.core.checking.overlaps import overlaps
 from ml_src.core.data.checks import unlabelled_value
-from ml_src.core.data.duplicates import near_duplicates
 from ml_src.core.data.files import Pair, listed
 from ml_src.core.data.headers import Header
-from ml_src.core.data.inspection import ImageLook, MaskLook
-from ml_src.core.data.kinds import Finding, named, of_files, of_set
-from ml_src.core.data.overlaps import overlaps
 from ml_src.core.data.splits import GROUPS, existing_files, groups_from_csv
 from ml_src.core.errors import DataError
 

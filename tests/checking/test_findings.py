@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ml_src.core.data.findings import find, headline
+from ml_src.core.checking.findings import find, headline
+from ml_src.core.checking.inspection import ImageLook, Look, MaskLook, inspect_all
+from ml_src.core.checking.kinds import FIX, Finding
+from ml_src.core.checking.layouts import find_files
+from ml_src.core.checking.repair import fix
 from ml_src.core.data.headers import Header
-from ml_src.core.data.inspection import ImageLook, Look, MaskLook, inspect_all
-from ml_src.core.data.kinds import FIX, Finding
-from ml_src.core.data.layouts import find_files
-from ml_src.core.data.repair import fix
 
 DATA = Path("data")
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ml_src.core.data.overlaps import overlaps
+from ml_src.core.checking.overlaps import overlaps
 
 UTM = "EPSG:32633"
 

@@ -10,9 +10,9 @@ import yaml
 from PIL import Image
 
 from ml_src.cli import split
+from ml_src.core.checking.preview import MOST_BYTES, write_preview
 from ml_src.core.config_file import load_config
 from ml_src.core.data.files import find_pairs
-from ml_src.core.data.preview import MOST_BYTES, write_preview
 from ml_src.core.data.segmentation import SampleKey, SegmentationDataset
 from ml_src.core.data.splits import read_split
 from ml_src.core.errors import DataError

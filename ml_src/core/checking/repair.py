@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ml_src.core.atomic import replacing, write_json
+from ml_src.core.checking.conversions import Conversion
+from ml_src.core.checking.inspection import Look
+from ml_src.core.checking.mask_colours import read_colours
+from ml_src.core.checking.repair_plan import Job, Question, Refusals, find_jobs, in_threads, plan, read_parts
+from ml_src.core.checking.stored import Stored
 from ml_src.core.data.checks import UNLABELLED
-from ml_src.core.data.conversions import Conversion
 from ml_src.core.data.files import listed, mask_problem, read_class_names
-from ml_src.core.data.inspection import Look
-from ml_src.core.data.mask_colours import read_colours
-from ml_src.core.data.repair_plan import Job, Question, Refusals, find_jobs, in_threads, plan, read_parts
-from ml_src.core.data.stored import Stored
 from ml_src.core.errors import DataError
 
 RECORD = "fixes.json"

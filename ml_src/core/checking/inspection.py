@@ -11,11 +11,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_src.core.data.duplicates import Fingerprint, fingerprint
+from ml_src.core.checking.duplicates import Fingerprint, fingerprint
+from ml_src.core.checking.layouts import Files
 from ml_src.core.data.files import BAND, image_info, mask_problem, read_image, read_mask, row_windows
 from ml_src.core.data.geotiffs import Place, place_of
 from ml_src.core.data.headers import LFS_START, TIFF_STARTS, Header, read_header, require_decodable
-from ml_src.core.data.layouts import Files
 from ml_src.core.errors import DataError
 from ml_src.core.transforms.source import Window
 

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_src.core.atomic import write_json, write_text
+from ml_src.core.checking.inspection import ImageLook, Look, MaskLook
+from ml_src.core.checking.kinds import KINDS, SEVERITIES, Finding
 from ml_src.core.data.files import read_class_names, read_image, read_mask
 from ml_src.core.data.headers import Header
-from ml_src.core.data.inspection import ImageLook, Look, MaskLook
-from ml_src.core.data.kinds import KINDS, SEVERITIES, Finding
 from ml_src.core.errors import ConfigError, DataError
 from ml_src.core.pictures import Image, as_rgb, colorize, overlay, palette
 from ml_src.core.transforms.source import Window

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_src.core.data.mask_values import class_dtype
+from ml_src.core.checking.mask_values import class_dtype
 from ml_src.core.errors import DataError
 
 Colour = tuple[int, int, int]

@@ -2,13 +2,11 @@
 
 from collections import Counter
 
-from ml_src.core.data.files import listed
-from ml_src.core.data.headers import Header
-from ml_src.core.data.inspection import MOST_VALUES, MaskLook
-from ml_src.core.data.kinds import FIX, Finding, of_files
-from ml_src.core.data.mask_colours import proposed_table
-from ml_src.core.data.mask_values import shown
-from ml_src.core.data.value_findings import (
+from ml_src.core.checking.inspection import MOST_VALUES, MaskLook
+from ml_src.core.checking.kinds import FIX, Finding, of_files
+from ml_src.core.checking.mask_colours import proposed_table
+from ml_src.core.checking.mask_values import shown
+from ml_src.core.checking.value_findings import (
     COMMON_SHARE,
     MOST_CERTAIN,
     MOST_CLASSES,
@@ -20,6 +18,8 @@ from ml_src.core.data.value_findings import (
     some,
     value_findings,
 )
+from ml_src.core.data.files import listed
+from ml_src.core.data.headers import Header
 from ml_src.core.errors import DataError
 
 RIGHT_FORMATS = ("PNG", "TIFF")

@@ -10,13 +10,13 @@ import pytest
 import tifffile
 from PIL import Image
 
-from ml_src.core.data import repair
+from ml_src.core.checking import repair
+from ml_src.core.checking.inspection import Look, inspect_all
+from ml_src.core.checking.layouts import find_files
+from ml_src.core.checking.repair import Outcome, fix, undo
 from ml_src.core.data.checks import check_masks, scan
 from ml_src.core.data.files import Pair, find_pairs, read_mask
 from ml_src.core.data.headers import read_header
-from ml_src.core.data.inspection import Look, inspect_all
-from ml_src.core.data.layouts import find_files
-from ml_src.core.data.repair import Outcome, fix, undo
 from ml_src.core.errors import DataError
 
 EXIF_ORIENTATION = 274

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ml_src.core.data.duplicates import Duplicate, Fingerprint, fingerprint, near_duplicates
+from ml_src.core.checking.duplicates import Duplicate, Fingerprint, fingerprint, near_duplicates
 
 # What is done to an image of which words, written out with NumPy's own functions.
 TURNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

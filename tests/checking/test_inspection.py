@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from ml_src.core.data import headers, inspection
-from ml_src.core.data.duplicates import near_duplicates
-from ml_src.core.data.inspection import MOST_VALUES, inspect_all, look
-from ml_src.core.data.layouts import Files, find_files
+from ml_src.core.checking import inspection
+from ml_src.core.checking.duplicates import near_duplicates
+from ml_src.core.checking.inspection import MOST_VALUES, inspect_all, look
+from ml_src.core.checking.layouts import Files, find_files
+from ml_src.core.data import headers
 from ml_src.core.errors import DataError
 
 

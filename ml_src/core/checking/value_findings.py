@@ -9,11 +9,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+from ml_src.core.checking.inspection import MaskLook
+from ml_src.core.checking.kinds import FIX, Finding, Severity, of_files
+from ml_src.core.checking.mask_values import Tally, ValueMap, plan_values, shown
 from ml_src.core.data.checks import UNLABELLED
 from ml_src.core.data.files import listed
-from ml_src.core.data.inspection import MaskLook
-from ml_src.core.data.kinds import FIX, Finding, Severity, of_files
-from ml_src.core.data.mask_values import Tally, ValueMap, plan_values, shown
 from ml_src.core.errors import DataError
 
 # More values than this are probabilities, blends or numbers of objects, unless the number of classes says otherwise.

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ml_src.core.data.files import SUFFIXES, _is_image_name, listed, stem_of
+from ml_src.core.data.files import SUFFIXES, is_image_name, listed, stem_of
 from ml_src.core.errors import DataError
 
 WORDS = re.compile(r"\d+|[^\W\d_]+")  # of a stem: its numbers and its words
@@ -81,7 +81,7 @@ def _files_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if _is_image_name(entry.name) and entry.is_file()]
+        names = [entry.name for entry in entries if is_image_name(entry.name) and entry.is_file()]
     return [folder / name for name in sorted(names)]
 
 

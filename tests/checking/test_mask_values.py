@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ml_src.core.data.mask_colours import ColourMap, colours_of, proposed_table, read_colours
-from ml_src.core.data.mask_values import Tally, ValueMap, plan_values, tally_of
+from ml_src.core.checking.mask_colours import ColourMap, colours_of, proposed_table, read_colours
+from ml_src.core.checking.mask_values import Tally, ValueMap, plan_values, tally_of
 from ml_src.core.errors import DataError
 
 NAN = float("nan")
