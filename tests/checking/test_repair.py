@@ -320,6 +320,21 @@ def test_values_that_are_a_guess_are_asked_about_once_with_an_example(data):
     assert outcome.refused == 2 and not (data / "masks_fixed").exists()
 
 
+@pytest.mark.parametrize("num_classes", [None, 2])
+def test_classes_are_not_taken_for_shades_beside_one_smoothed_mask(data, num_classes):
+    """Pooled with it, 0 and 1 would both be near 0, and the labels of all good masks would be gone."""
+    labels = np.kron(TWO, np.ones((40, 40), np.uint8))  # (320, 480)
+    smoothed = np.zeros((320, 480), np.uint8)
+    smoothed[:40] = 255
+    smoothed[40, :256] = np.arange(256)
+    for stem, mask in (("a", labels), ("b", smoothed)):
+        save(data / f"images/{stem}.png", np.full((320, 480, 3), 7, np.uint8))
+        save(data / f"masks/{stem}.png", mask)
+    outcome = mended(data, num_classes=num_classes)
+    assert outcome.lines[0].startswith(f"{data / 'masks/a.png'} holds the values 0, 1, which would all become class 0")
+    assert outcome.refused == 2 and not (data / "masks_fixed").exists()
+
+
 def test_several_masks_of_an_image_are_a_question(data):
     for name in ("a/1.png", "a/2.png", "b/1.png"):
         save(data / "masks" / name, TWO)

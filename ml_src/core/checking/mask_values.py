@@ -105,6 +105,11 @@ class Tally:
         self.nodata |= other.nodata
         self.lossy |= other.lossy
 
+    @property
+    def common(self) -> tuple[float, ...]:
+        """The values that at least a hundredth of the pixels have, ascending."""
+        return tuple(sorted(value for value, pixels in self.counts.items() if 100 * pixels >= self.num_pixels))
+
 
 def tally_of(plane: NDArray[Any], nodata: float | None = None, lossy: bool = False) -> Tally:
     """Count the values of one mask, (H, W)."""

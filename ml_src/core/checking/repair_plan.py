@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from ml_src.core.checking.conversions import BACKGROUND, ByChannel, ByColour, ByFolder, ByValue, Conversion, Union
 from ml_src.core.checking.inspection import ImageLook, Look, MaskLook
 from ml_src.core.checking.mask_colours import Colour, ColourMap, colours_of, proposed_table
-from ml_src.core.checking.mask_values import Tally, plan_values, tally_of
+from ml_src.core.checking.mask_values import Tally, ValueMap, plan_values, shown, tally_of
 from ml_src.core.checking.stored import Kind, Stored, read_stored
 from ml_src.core.data.files import listed, stem_of, upright
 from ml_src.core.data.headers import Header
@@ -185,6 +187,7 @@ class _Survey:
         self.colours: Counter[Colour] = Counter()
         self.kinds: Counter[str] = Counter()
         self.richest = 0, Path()  # how many values, and in which mask
+        self.common: list[tuple[Path, tuple[float, ...]]] = []  # of each mask, the values of a good part of it
         for job, facts in zip(jobs, in_threads(_facts, jobs), strict=True):
             if isinstance(facts, DataError):
                 self.refusals[job.sources[0]] = str(facts)
@@ -195,6 +198,7 @@ class _Survey:
     def _add(self, path: Path, facts: _Facts) -> None:
         words = {"one-hot": f"{facts.channels} channels of which each pixel has one", "colours": "colours"}
         self.kinds[words.get(facts.kind, "one value a pixel")] += 1
+        self.common.append((path, facts.tally.common))
         self.tally.add(facts.tally)
         self.colours.update(facts.colours)
         if len(self.colours) > 4 * MOST_COLOURS:
@@ -213,9 +217,21 @@ class _Survey:
         if self.colours:
             raise self._colour_question()
         try:
-            return ByValue(plan_values(self.tally, num_classes))
+            chosen = plan_values(self.tally, num_classes)
         except DataError as error:
             raise Question(str(error), [f"for example {self.richest[1]}"]) from error
+        self._require_kept(chosen)
+        return ByValue(chosen)
+
+    def _require_kept(self, chosen: ValueMap) -> None:
+        """Refuse to make one class of all that a mask tells apart: beside masks of 0..255, class 1 is no shade of 0."""
+        for path, values in self.common if chosen.blends else []:
+            classes = set(chosen.classes_of(np.array(values)).tolist())
+            if len(values) > 1 and len(classes) == 1:
+                raise Question(
+                    f"{path} holds the values {listed([shown(value) for value in values], 5)}, which would all become "
+                    f"class {classes.pop()} beside the others: are they classes already? Save all masks alike"
+                )
 
     def _colour_question(self) -> Question:
         shades = {(int(value),) * 3: pixels for value, pixels in self.tally.counts.items() if value.is_integer()}
