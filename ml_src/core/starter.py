@@ -48,8 +48,8 @@ def describe(data_dir: Path, splits_dir: Path | None = None) -> Description:
 
     Raises: DataError where the folder is not a data set that can be trained on.
     """
-    pairs = find_pairs(data_dir / "images", data_dir / "masks")
     splits_dir = splits_dir or data_dir / "splits"
+    pairs = splits.pairs_of_split(splits_dir, data_dir) or find_pairs(data_dir / "images", data_dir / "masks")
     facts = checks.scan(pairs, splits.cache_path(splits_dir) if splits_dir.is_dir() else None)
     checks.check_files(pairs, facts)
     infos = [image_info(pair.image) for pair in pairs]

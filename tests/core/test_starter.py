@@ -47,7 +47,7 @@ def test_gray_images_and_ignored_pixels_are_found(capsys: pytest.CaptureFixture[
     assert config.val_transforms[0].size == (20, 30)
     text = capsys.readouterr().out
     assert (
-        "4, gray, 8 bit" in text and "25.0% (value 255)" in text and "Next: ml-split --raw_data data/a/images" in text
+        "4, gray, uint8" in text and "25.0% (value 255)" in text and "Next: ml-split --raw_data data/a/images" in text
     )
 
 
@@ -152,3 +152,32 @@ def test_sampled_statistics_are_those_of_all_pixels(channels: int) -> None:
     mean, std = sampled_statistics(pairs, channels)
     assert mean == pytest.approx(pixels.mean(axis=0), abs=1e-4)
     assert std == pytest.approx(pixels.std(axis=0), abs=1e-4)
+
+
+def test_masks_are_those_that_were_split() -> None:
+    """As after ml-check --fix, whose masks are in a folder of their own."""
+    data = draw(Path("data/a"), gray((8, 8), 8), masks_of([0, 255], (8, 8), 8))
+    (data / "masks_fixed").mkdir()
+    for path in (data / "masks").iterdir():
+        Image.fromarray(np.array(Image.open(path)) // 255).save(data / "masks_fixed" / path.name)
+    arguments = ["--raw_data", str(data / "images"), "--mask_data", str(data / "masks_fixed"), "--folds", "2"]
+    assert split.main([*arguments, "--task", "segmentation"]) == 0
+    assert init_config.main(["data/a"]) == 0
+    assert yaml.safe_load(Path("configs/a_config.yaml").read_text())["data"]["num_classes"] == 2
+
+
+def test_16_bit_images_leave_their_statistics_to_the_training_images() -> None:
+    images = [image.astype(np.uint16) * 200 for image in gray()]
+    draw(Path("data/a"), images, masks_of([0, 1]))
+    assert init_config.main(["data/a"]) == 0
+    lists = yaml.safe_load(Path("configs/a_config.yaml").read_text())["transforms"]
+    for name in ("train", "val"):
+        assert lists[name][-1] == {"type": "normalize", "mean": "data", "std": "data"}
+
+
+def test_images_of_unlike_number_types_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    images = gray()
+    images[1] = images[1].astype(np.uint16) * 200
+    draw(Path("data/a"), images, masks_of([0, 1]))
+    assert init_config.main(["data/a"]) == 2
+    assert "1.png has uint16 pixels but most have uint8: convert it" in capsys.readouterr().err

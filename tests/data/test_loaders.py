@@ -12,6 +12,7 @@ from ml_src.core.data.loaders import Collate, Loader
 from ml_src.core.data.order import EpochOrder, ShareOfBatches
 from ml_src.core.data.segmentation import Sample, SampleKey
 from ml_src.core.tasks import task_for
+from ml_src.core.transforms import TRANSFORM_REGISTRY
 
 
 def loader_of(raw: dict[str, Any], **overrides: Any) -> Loader:
@@ -81,8 +82,42 @@ def test_an_epoch_entered_later_has_the_rest_of_the_same_batches(small_config: d
     assert same(epoch_of(whole, 4)[1:], epoch_of(late, 4, first_step=1))
 
 
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_samples_do_not_depend_on_the_workers(small_config: dict[str, Any], num_workers: int) -> None:
+EVERY_TRANSFORM: list[dict[str, Any]] = [
+    {"type": "random_crop", "size": [48, 40], "classes": [1, 2]},
+    {"type": "random_horizontal_flip"},
+    {"type": "random_vertical_flip"},
+    {"type": "random_transpose"},
+    {"type": "random_rotate90"},
+    {"type": "random_rotation", "degrees": 30},
+    {"type": "random_scale"},
+    {"type": "random_shift"},
+    {"type": "random_shear", "degrees": 10},
+    {"type": "random_perspective"},
+    {"type": "grid_distortion"},
+    {"type": "elastic"},
+    {"type": "random_resize_crop", "sizes": [[24, 32], [32, 24]]},
+    {"type": "resize", "size": [32, 32]},
+    {"type": "color_jitter", "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1},
+    {"type": "random_brightness_contrast"},
+    {"type": "random_gamma"},
+    {"type": "gaussian_noise"},
+    {"type": "gaussian_blur"},
+    {"type": "coarse_dropout"},
+    {"type": "normalize", "mean": [0.5], "std": [0.25]},
+]
+
+
+def test_the_list_of_every_transform_has_every_transform() -> None:
+    assert {line["type"] for line in EVERY_TRANSFORM} == set(TRANSFORM_REGISTRY)
+
+
+@pytest.mark.parametrize("num_workers", [1, 4])
+@pytest.mark.parametrize("transforms", [None, EVERY_TRANSFORM])
+def test_samples_do_not_depend_on_the_workers(
+    small_config: dict[str, Any], num_workers: int, transforms: list[dict[str, Any]] | None
+) -> None:
+    if transforms is not None:
+        small_config["transforms"] = {"train": transforms}
     alone = loader_of(small_config)
     with_workers = loader_of(small_config, **{"training.num_workers": num_workers})
     for epoch in (0, 1, 5):

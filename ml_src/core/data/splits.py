@@ -419,6 +419,18 @@ def read_split(splits_dir: Path, data_dir: Path, name: str) -> Pairs:
     return pairs
 
 
+def pairs_of_split(splits_dir: Path, data_dir: Path) -> list[Pair] | None:
+    """Return all pairs that ml-split divided, sorted by image, whatever folder their masks are in; None without a split.
+
+    Raises: DataError as `read_split` does.
+    """
+    if not (splits_dir / "fold_0_train_images.txt").is_file():
+        return None
+    names = ["fold_0_train", "fold_0_val"] + ["test"] * (not is_empty(splits_dir, "test"))
+    pairs = [pair for name in names for pair in read_split(splits_dir, data_dir, name)]
+    return sorted(pairs, key=lambda pair: pair.image)
+
+
 def read_groups(splits_dir: Path, pairs: Sequence[Pair]) -> list[str]:
     """Return the group of each pair, as ml-split kept them together.
 
