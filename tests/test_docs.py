@@ -31,7 +31,7 @@ GUIDE = ROOT / "docs" / "guide.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 COMMANDS = {"ml-split": "split", "ml-init-config": "init_config", "ml-train": "train", "ml-inference": "inference"}
-COMMANDS["ml-demo"] = "demo"
+COMMANDS |= {"ml-check": "check", "ml-demo": "demo"}
 
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
@@ -170,19 +170,26 @@ def test_python_blocks_are_python(path: Path) -> None:
         assert compile(code, name_of(path), "exec").co_code
 
 
-def test_the_guides_script_turns_colours_into_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run as written on 0/255 masks, one gray PNG and one JPEG in colour; what it writes has the classes 0 and 1."""
+def test_the_guides_table_and_command_turn_colours_into_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Word for word, on masks whose green is class 1 and whose red is class 2."""
     monkeypatch.chdir(tmp_path)
-    masks = Path("data/my_dataset/masks")
-    masks.mkdir(parents=True)
+    data = Path("data/my_dataset")
     truth = np.zeros((32, 32), np.uint8)
-    truth[8:24, 16:] = 1
-    Image.fromarray(truth * 255).save(masks / "a.png")
-    Image.fromarray(np.repeat(truth[:, :, None] * 255, 3, axis=2)).save(masks / "b.jpg")
-    code = next(code for code in blocks(GUIDE, "python") if code.startswith("# colours_to_classes.py"))
-    exec(compile(code, "colours_to_classes.py", "exec"), {})
-    for name in ("a.png", "b.png"):
-        assert np.array_equal(read_mask(Path("data/my_dataset/masks_as_classes", name)), truth)
+    truth[8:24, 16:], truth[24:, :8] = 1, 2
+    for folder, pixels in (
+        ("images", np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)),
+        ("masks", np.array([(0, 0, 0), (0, 255, 0), (255, 0, 0)], np.uint8)[truth]),
+    ):
+        (data / folder).mkdir(parents=True)
+        Image.fromarray(pixels).save(data / folder / "img1.png")
+    (table,) = blocks(GUIDE, "csv")
+    Path("colors.csv").write_text(table, encoding="utf-8")
+    (line,) = (line for line in documented_commands() if "--colors" in line)
+    command, *words = shlex.split(line)
+    assert importlib.import_module(f"ml_src.cli.{COMMANDS[command]}").main(words) == 0, capsys.readouterr().out
+    assert np.array_equal(read_mask(data / "masks_fixed" / "img1.png"), truth)
 
 
 def anchors(path: Path) -> set[str]:

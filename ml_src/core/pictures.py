@@ -64,7 +64,7 @@ def as_rgb(image: Pixels) -> Image:
 
     Up to four channels: the first three. More: three at even distances, the last one as red, as the shortest waves come
     first in most files. What is not uint8 is stretched: black and white are where the darkest and the brightest 2 % of
-    each channel begin.
+    each channel begin. What is not finite is black.
     """
     channels = image.shape[2]
     if channels > 4:
@@ -74,6 +74,9 @@ def as_rgb(image: Pixels) -> Image:
 
 
 def _stretched(picture: Pixels) -> Image:
-    low, high = np.percentile(picture, (2, 98), axis=(0, 1))
+    there = np.isfinite(picture)
+    low, high = np.zeros(3), np.ones(3)
+    for channel in np.flatnonzero(there.any(axis=(0, 1))):
+        low[channel], high[channel] = np.percentile(picture[:, :, channel][there[:, :, channel]], (2, 98))
     levels = (picture - low) / np.maximum(high - low, 1e-12) * 255
-    return np.asarray(np.clip(np.nan_to_num(levels), 0, 255), np.uint8)
+    return np.asarray(np.clip(np.where(there, levels, 0), 0, 255), np.uint8)

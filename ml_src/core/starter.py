@@ -62,7 +62,8 @@ def describe(data_dir: Path, splits_dir: Path | None = None) -> Description:
     num_classes = len(names) if names else largest + 1
     if values == {0, checks.UNLABELLED} and ignore_index == checks.UNLABELLED:
         raise DataError(
-            f"the masks in {data_dir / 'masks'} have the values 0 and 255 only: write class 1 as 1, not 255"
+            f"the masks in {data_dir / 'masks'} have the values 0 and 255 only: write class 1 as 1, not 255; "
+            f"ml-check {data_dir} --fix does it"
         )
     if num_classes < 2:
         raise DataError(f"the masks in {data_dir / 'masks'} know one class only: draw and name a second")

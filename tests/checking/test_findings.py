@@ -20,7 +20,7 @@ DATA = Path("data")
 
 
 def header_of(height: int = 100, width: int = 100, **changes: object) -> Header:
-    plain = {"format": "PNG", "orientation": 1, "pages": 1, "samples": 1, "colours": 1, "bits": 8, "number": "uint"}
+    plain = {"format": "PNG", "orientation": 1, "pages": 1, "samples": 1, "alphas": (), "bits": 8, "number": "uint"}
     return Header(height=height, width=width, **(plain | changes))
 
 
@@ -28,7 +28,7 @@ def looks_of(masks: Sequence[dict[float, int]], **changes: object) -> list[Look]
     """Pairs of a plain image and a mask with these pixels per value."""
     return [
         Look(
-            ImageLook(DATA / "images" / f"{index}.png", header_of(samples=3, colours=3)),
+            ImageLook(DATA / "images" / f"{index}.png", header_of(samples=3)),
             (MaskLook(DATA / "masks" / f"{index}.png", header_of(**changes), None, values, {}, len(values)),),
         )
         for index, values in enumerate(masks)
@@ -175,7 +175,7 @@ def test_sizes_are_compared_as_the_pictures_are_shown(image: Header, mask: Heade
 
 def test_errors_come_before_warnings_and_what_concerns_more_files_comes_first() -> None:
     looks = looks_of([even(0, 255)] * 4)
-    looks.append(Look(ImageLook(DATA / "images" / "9.jpg", header_of(samples=3, colours=3), constant=True), ()))
+    looks.append(Look(ImageLook(DATA / "images" / "9.jpg", header_of(samples=3), constant=True), ()))
     found = find(looks, DATA)
     assert [finding.kind for finding in found] == [
         *["stretched_mask"] * 4,

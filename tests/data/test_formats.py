@@ -285,6 +285,118 @@ def test_a_bomb_is_refused_by_its_header(tmp_path):
     assert read_header(tmp_path / "a.png").width == 60_000
 
 
+def masked(path: Path, pixels: NDArray[Any], valid: NDArray[np.bool_], **profile: Any) -> None:
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+        write_geotiff(path, pixels, **profile)
+        with rasterio.open(path, "r+") as file:
+            file.write_mask(valid)
+
+
+def test_a_compressed_photograph_of_the_ground_keeps_its_validity_mask(tmp_path, small_windows):
+    """As orthophotos are published: JPEG of luma and chroma, with the border left out by a mask."""
+    valid = np.ones((64, 96), bool)
+    valid[:, 80:] = False
+    pixels = np.full((64, 96, 3), (200, 100, 50), np.uint8)
+    how = {"photometric": "ycbcr", "compress": "jpeg", "tiled": True, "blockxsize": 16, "blockysize": 16}
+    masked(tmp_path / "a.tif", pixels, valid, **how)
+    raster = read_image(tmp_path / "a.tif")
+    assert np.abs(raster.pixels.astype(int) - (200, 100, 50)).max() < 6
+    assert np.array_equal(raster.nowhere, ~valid) and image_info(tmp_path / "a.tif").windowed
+    part = read_image(tmp_path / "a.tif", window=Window(8, 60, 20, 30))
+    assert np.array_equal(part.pixels, raster.pixels[8:28, 60:90]) and np.array_equal(part.nowhere, ~valid[8:28, 60:90])
+
+
+def test_a_palette_geotiff_shows_its_colours_and_lacks_its_nodata(tmp_path):
+    indices = np.array([[0, 1, 2], [2, 1, 0]], np.uint8)
+    write_geotiff(tmp_path / "a.tif", indices[:, :, None], photometric="palette", nodata=0)
+    colours = {0: (0, 0, 0, 255), 1: (255, 0, 10, 255), 2: (1, 200, 3, 255)}
+    with rasterio.open(tmp_path / "a.tif", "r+") as file:
+        file.write_colormap(1, colours)
+    raster = read_image(tmp_path / "a.tif")
+    assert np.array_equal(raster.pixels, np.array([colours[i][:3] for i in range(3)], np.uint8)[indices])
+    assert np.array_equal(raster.nowhere, indices == 0)
+    assert np.array_equal(read_mask(tmp_path / "a.tif"), indices)
+
+
+def test_a_geotiff_of_few_bits_is_spread_over_the_gray_levels(tmp_path):
+    values = np.array([[0, 1, 2, 3]], np.uint8)
+    write_geotiff(tmp_path / "a.tif", values[:, :, None], nbits=2, nodata=3)
+    raster = read_image(tmp_path / "a.tif")
+    assert raster.pixels[:, :, 0].tolist() == [[0, 85, 170, 255]]
+    assert raster.nowhere is not None and raster.nowhere.tolist() == [[False, False, False, True]]
+    assert np.array_equal(read_mask(tmp_path / "a.tif"), values)
+
+
+def test_nodata_alpha_and_mask_are_honoured_together(tmp_path):
+    pixels = np.full((6, 7, 1), 5, np.int16)
+    pixels[0] = -1
+    valid = np.ones((6, 7), bool)
+    valid[5] = False
+    masked(tmp_path / "mask.tif", pixels, valid, nodata=-1)
+    expected = np.zeros((6, 7), bool)
+    expected[0] = expected[5] = True
+    assert np.array_equal(read_image(tmp_path / "mask.tif").nowhere, expected)
+    colours = np.full((6, 7, 4), 255, np.uint8)
+    colours[0, :, :3] = 0
+    colours[5, :, 3] = 0
+    write_geotiff(tmp_path / "alpha.tif", colours, photometric="rgb", alpha="yes", nodata=0)
+    assert np.array_equal(read_image(tmp_path / "alpha.tif").nowhere, expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_pixels_of_a_geotiff_lie_where_its_coordinates_say_whatever_exif_says(tmp_path, orientation):
+    pixels = numbers("uint8", (5, 8, 3))
+    tags = [(33550, "d", 3, (1.0, 1.0, 0.0), True), (274, "H", 1, orientation, True)]
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", extratags=tags)
+    info = image_info(tmp_path / "a.tif")
+    assert (info.height, info.width) == (5, 8) and np.array_equal(read_image(tmp_path / "a.tif").pixels, pixels)
+
+
+def test_a_geotiff_of_four_bands_has_the_same_number_in_its_header_and_its_pixels(tmp_path):
+    pixels = numbers("uint8", (5, 8, 4))
+    write_geotiff(tmp_path / "a.tif", pixels, photometric="rgb", alpha="unspecified")
+    assert image_info(tmp_path / "a.tif").channels == read_image(tmp_path / "a.tif").pixels.shape[2] == 4
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_white_is_zero_is_turned_round_in_an_image(tmp_path, dtype):
+    stored = numbers(dtype, (5, 8))
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="miniswhite")
+    assert np.array_equal(read_image(tmp_path / "a.tif").pixels[:, :, 0], np.iinfo(dtype).max - stored)
+
+
+def test_alpha_is_dropped_wherever_it_stands(tmp_path):
+    pixels = numbers("uint8", (5, 8, 5))
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", planarconfig="contig", extrasamples=[2, 0])
+    assert np.array_equal(read_image(tmp_path / "a.tif").pixels, pixels[:, :, [0, 1, 2, 4]])
+
+
+def test_a_reduced_copy_that_comes_first_is_not_the_picture(tmp_path):
+    pixels = numbers("uint8", (64, 64, 3))
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(pixels[::8, ::8], photometric="rgb", subfiletype=1)
+        tiff.write(pixels, photometric="rgb")
+    assert np.array_equal(read_image(tmp_path / "a.tif").pixels, pixels)
+
+
+def test_a_palette_of_16_bits_is_refused(tmp_path):
+    colours = np.zeros((3, 65536), np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", numbers("uint16", (5, 8)), photometric="palette", colormap=colours)
+    with pytest.raises(DataError, match=r"a\.tif has a palette of 16 bits: convert it to RGB"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("nodata", ["-3.4028234663852886e+38", "-1.7976931348623157e+308"])
+def test_common_values_for_no_data_make_no_noise(tmp_path, recwarn, caplog, nodata):
+    pixels = np.array([[1.0, float(nodata)]])
+    tags = [(33550, "d", 3, (1.0, 1.0, 0.0), True), (42113, "s", 0, nodata, True)]
+    tifffile.imwrite(tmp_path / "a.tif", pixels.astype(np.float32 if "+38" in nodata else np.float64), extratags=tags)
+    raster = read_image(tmp_path / "a.tif")
+    assert raster.nowhere is not None and raster.nowhere.tolist() == [[False, True]]
+    assert not [warning for warning in recwarn if issubclass(warning.category, RuntimeWarning)]
+    assert not caplog.records
+
+
 def test_the_place_of_a_geotiff_is_its_rectangle_on_earth(tmp_path):
     write_geotiff(tmp_path / "a.tif", numbers("uint8", (6, 8, 1)))
     place = geotiffs.place_of(tmp_path / "a.tif")

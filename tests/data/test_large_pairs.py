@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from ml_src.core.data import headers, segmentation
+from ml_src.core.data.checks import scan
 from ml_src.core.data.files import Pair
 from ml_src.core.data.segmentation import LargePair, SampleKey, SegmentationDataset, read_truth
 from ml_src.core.errors import DataError
@@ -130,7 +131,7 @@ def test_where_no_band_has_data_the_mask_is_ignored_and_pixels_become_the_mean(t
     assert pixels[0].tolist() == [[5, 6]] * 8 and pixels[1].tolist() == [[5, 10]] * 8
     assert pixels[2, 3].tolist() == [10, 4]
     assert labels.tolist() == [[9] * 8] + [[1] * 8] * 5
-    assert read_truth(pair, 2, 9).tolist() == labels.tolist()
+    assert read_truth(pair, 9).tolist() == labels.tolist()
 
 
 def test_a_value_for_ignored_that_8_bits_cannot_hold_is_held_by_16(tmp_path):
@@ -144,3 +145,22 @@ def test_samples_beyond_the_number_of_pairs_are_other_draws_of_them(tmp_path, la
     dataset = SegmentationDataset([pair], pipeline({"type": "random_crop", "size": [8, 8]}), 3, seed=0)
     corners = {tuple(dataset[SampleKey(sample)].image[0, 0, :2]) for sample in range(10)}
     assert len(corners) > 5
+
+
+@pytest.mark.parametrize("least", [1, 1 << 40])
+def test_classes_are_looked_for_and_counted_only_where_there_is_data(tmp_path, monkeypatch, least):
+    monkeypatch.setattr(headers, "MIN_WINDOWED", least)
+    monkeypatch.setattr(segmentation, "BLOCK", 20)
+    segmentation._blocks_with.cache_clear()
+    image, mask = np.ones((SIDE, SIDE, 2), np.float32), np.zeros((SIDE, SIDE), np.uint8)
+    image[:90] = np.nan
+    mask[:, :10] = 3
+    pair = Pair(tmp_path / "a.tif", tmp_path / "m.tif")
+    tifffile.imwrite(pair.image, image, photometric="minisblack", planarconfig="contig", tile=(16, 16))
+    tifffile.imwrite(pair.mask, mask, tile=(16, 16))
+    source = SegmentationDataset([pair], pipeline(), 2, seed=0).source(0)
+    assert source.windowed is (least == 1)
+    rows = {place[0] for _ in range(30) if (place := source.find(3, np.random.default_rng(_)))}
+    assert rows and min(rows) >= 90
+    (facts,) = scan([pair], None)
+    assert facts.counts == {0: 6 * 86, 3: 6 * 10}

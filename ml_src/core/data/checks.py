@@ -18,7 +18,7 @@ import numpy as np
 
 from ml_src.core.atomic import write_text
 from ml_src.core.data.files import MEND, Pair, image_info, listed, other_channels, read_mask, row_windows
-from ml_src.core.data.headers import read_header
+from ml_src.core.data.truth import Truth
 from ml_src.core.errors import DataError
 
 UNLABELLED = 255
@@ -33,8 +33,8 @@ Problem = tuple[str, str]
 
 @dataclass(frozen=True)
 class MaskFacts:
-    """What the rules need of one pair: sizes in pixels, pixels per mask value, what the image's header says of its
-    channels, or why it cannot be read.
+    """What the rules need of one pair: sizes in pixels, pixels per mask value where the image has data, what the
+    image's header says of its channels, or why it cannot be read.
     """
 
     height: int
@@ -77,12 +77,13 @@ def scan(
 
 def _examine(pair: Pair) -> MaskFacts:
     try:
-        image = image_info(pair.image)
-        mask = read_header(pair.mask)
-        windows = row_windows(mask.height, mask.width) if mask.windowed else [None]
+        image, truth = image_info(pair.image), Truth(pair)
+        mask = truth.mask
+        same_size = (mask.height, mask.width) == (image.height, image.width)
         pixels = np.zeros(1 << 16, np.int64)
-        for window in windows:
-            pixels += np.bincount(read_mask(pair.mask, window).ravel(), minlength=1 << 16)
+        for window in row_windows(mask.height, mask.width) if truth.windowed else [None]:
+            values, nowhere = truth.read(window) if same_size else (read_mask(pair.mask, window), None)
+            pixels += np.bincount(values.ravel() if nowhere is None else values[~nowhere], minlength=1 << 16)
     except DataError as error:
         return MaskFacts(0, 0, {}, 0, 0, problem=str(error))
     counts = {int(value): int(pixels[value]) for value in np.flatnonzero(pixels)}

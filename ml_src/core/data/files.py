@@ -1,6 +1,6 @@
 """Image and mask files: which belong together, and their pixels. Next to read: `headers.py`, then `checks.py`.
 
-Pillow decodes PNG, JPEG, BMP, WebP and TIFFs whose colours must be worked out; tifffile decodes the other TIFFs,
+Pillow decodes PNG, JPEG, BMP, WebP, and TIFFs of luma and chroma or of few bits; tifffile decodes the other TIFFs,
 rasterio those with coordinates. What Pillow would silently scale, invert or cut to 8 bits is known from the header and
 undone.
 """
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
+import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from ml_src.core.data.geotiffs import read_bands
-from ml_src.core.data.headers import Header, opened, require_decodable
+from ml_src.core.data.headers import Header, main_page, opened, require_decodable
 from ml_src.core.data.tiffs import read_tiff
 from ml_src.core.errors import DataError
 from ml_src.core.transforms.source import Window
@@ -65,6 +65,16 @@ class Raster(NamedTuple):
 
     pixels: NDArray[Any]
     missing: NDArray[np.bool_] | None
+
+    @property
+    def nowhere(self) -> NDArray[np.bool_] | None:
+        """Where no channel has data: (H, W)."""
+        return None if self.missing is None else np.asarray(self.missing.all(axis=2))
+
+    @property
+    def to_show(self) -> NDArray[Any]:
+        """The pixels (H, W, C), NaN where there is no data."""
+        return self.pixels if self.missing is None else np.where(self.missing, np.float32(np.nan), self.pixels)
 
 
 def stem_of(path: Path) -> str:
@@ -153,12 +163,14 @@ def read_image(path: Path, channels: int | None = None, window: Window | None = 
         require_decodable(path, header)
         part = window or Window(0, 0, header.height, header.width)
         missing = None
-        if header.geo and not _needs_pillow(header):
-            pixels, missing = read_bands(path, part)
-        elif header.format == "TIFF" and not _needs_pillow(header):
-            pixels = _stored(image, header, part)[:, :, : header.colours]
-        else:
+        if header.by_pillow:
             pixels = _shown(path, image, header)[part.top : part.top + part.height, part.left : part.left + part.width]
+        else:
+            if header.geo:
+                pixels, missing = read_bands(path, part)
+            else:
+                pixels = np.delete(_stored(image, header, part), header.alphas, axis=2)
+            pixels = _as_shown(pixels, image, header)
         pixels = _of_kept_dtype(pixels)
         if pixels.dtype == np.float32 and not np.isfinite(pixels).all():
             missing = ~np.isfinite(pixels) if missing is None else missing | ~np.isfinite(pixels)
@@ -173,9 +185,14 @@ def row_windows(height: int, width: int, rows: int = BAND) -> Iterator[Window]:
         yield Window(top, 0, min(rows, height - top), width)
 
 
-def _needs_pillow(header: Header) -> bool:
-    """Whether a TIFF's colours have to be worked out: palette, luma and chroma, few bits, white is zero."""
-    return header.bits <= 8 and (header.bits < 8 or header.photometric in (0, 3, 6))
+def _as_shown(pixels: NDArray[Any], tiff: Any, header: Header) -> NDArray[Any]:
+    """Stored samples (H, W, C) of a TIFF as the levels they stand for: palettes, white is zero, less than 8 bits."""
+    if header.palette:
+        colours: NDArray[np.uint16] = main_page(tiff).colormap  # (3, 2 ** bits), of 16 bits
+        return np.asarray((colours >> 8).astype(np.uint8).T[pixels[:, :, 0]])
+    if header.photometric == 0 and header.number == "uint":
+        pixels = (2**header.bits - 1) - pixels
+    return pixels * (255 // (2**header.bits - 1)) if header.bits < 8 else pixels
 
 
 def _stored(tiff: Any, header: Header, window: Window) -> NDArray[Any]:
@@ -190,18 +207,15 @@ def _stored(tiff: Any, header: Header, window: Window) -> NDArray[Any]:
 
 def _shown(path: Path, image: Any, header: Header) -> NDArray[Any]:
     """Gray or RGB of a whole picture, upright: (H, W, 1 or 3)."""
-    if header.bits > 8 and header.samples > 1:  # of these Pillow would keep 8 bits
-        flags = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
-        pixels = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
-        if pixels is None:
-            raise ValueError("damaged")
-        return upright(pixels[:, :, 2::-1] if header.colours == 3 else pixels[:, :, :1], header.orientation)
+    if header.format == "PNG" and header.bits > 8 and header.samples > 1:  # of these Pillow would keep 8 bits
+        return upright(imagecodecs.png_decode(path.read_bytes())[:, :, : header.colours], header.orientation)
     if header.format == "TIFF":
         with Image.open(path) as picture:  # which turns it upright
             picture.load()
             pixels = np.asarray(picture.convert("L" if header.colours == 1 and not header.palette else "RGB"))
+            pixels = pixels.reshape(*pixels.shape[:2], -1)
     else:
-        kept = header.mode if header.bits > 8 else "L" if header.mode in ("1", "L", "LA", "La") else "RGB"
+        kept = "I;16" if header.bits > 8 else "L" if header.mode in ("1", "L", "LA", "La") else "RGB"
         pixels = upright(np.asarray(image.convert(kept) if image.mode != kept else image), header.orientation)
     return pixels.reshape(*pixels.shape[:2], -1)
 
@@ -223,7 +237,8 @@ def _of_kept_dtype(pixels: NDArray[Any]) -> NDArray[Any]:
         return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     if pixels.dtype.kind == "i" and pixels.dtype.itemsize <= 2:
         return pixels.astype(np.int16, copy=False)
-    return pixels.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # what a float64 has for "no data" becomes infinite, and is missing as such
+        return pixels.astype(np.float32, copy=False)
 
 
 def _with_channels(
@@ -262,7 +277,12 @@ def image_info(path: Path) -> ImageInfo:
 
 def _require_picture(path: Path, header: Header) -> None:
     if header.pages > 1:
-        raise DataError(f"{path} has {header.pages} pages, but an image is one page: save each as a file of its own")
+        raise DataError(
+            f"{path} has {header.pages} pages, but an image is one page: save channels as the samples of one page, "
+            "and the slices of a stack as files of their own"
+        )
+    if header.palette and header.bits > 8:
+        raise DataError(f"{path} has a palette of {header.bits} bits: convert it to RGB")
     readable = header.photometric in READABLE_PHOTOMETRICS if header.format == "TIFF" else header.mode in READABLE_MODES
     if not readable:
         raise DataError(f"{path} has colours that are not gray, RGB or bands ({_colours(header)}): convert it to RGB")
@@ -289,7 +309,7 @@ def read_mask(path: Path, window: Window | None = None) -> NDArray[np.uint8 | np
         part = window or Window(0, 0, header.height, header.width)
         if header.geo:
             values = read_bands(path, part).pixels[:, :, 0]
-        elif header.format == "TIFF" and header.bits >= 8:
+        elif not header.by_pillow:
             values = _stored(image, header, part)[:, :, 0]
         else:
             values = _stored_by_pillow(path, image, header)

@@ -3,6 +3,7 @@
 GDAL knows what such files say beside their pixels: nodata, validity masks, which band is alpha, where on Earth it lies.
 """
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 from ml_src.core.errors import DataError
 from ml_src.core.transforms.source import Window
 
+# A file without coordinates is read as any other.
+warnings.filterwarnings("ignore", message="Dataset has no geotransform")
+logging.getLogger("rasterio").setLevel(logging.CRITICAL)
 CACHE_MB = 64  # GDAL would take a twentieth of the memory, in every process
 
 
@@ -39,39 +43,56 @@ class Bands(NamedTuple):
 def _opened(path: Path) -> Iterator[Any]:
     try:
         import rasterio
-        from rasterio.errors import NotGeoreferencedWarning, RasterioError
+        from rasterio.errors import RasterioError
     except ModuleNotFoundError as error:
         raise DataError(f"{path} is a GeoTIFF: run pip install 'ml-src[geo]' to read it") from error
     try:
-        with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE_MB):
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path) as raster:
-                yield raster
+        with rasterio.Env(GDAL_CACHEMAX=CACHE_MB), rasterio.open(path) as raster:
+            yield raster
     except RasterioError as error:
-        raise DataError(f"{path} cannot be read ({error}): replace the file or remove the pair") from error
+        reason = error.__cause__ or error
+        raise DataError(f"{path} cannot be read ({reason}): replace the file or remove the pair") from error
 
 
 def read_bands(path: Path, window: Window | None = None) -> Bands:
     """Read a window, or all, of every band but alpha.
 
-    Missing is what has the file's nodata value, what alpha shows as transparent, and what its validity mask leaves out.
+    Missing is what has its band's nodata value, what alpha shows as transparent, and what the validity mask leaves out.
     """
     with _opened(path) as raster:
         from rasterio.enums import ColorInterp, MaskFlags
         from rasterio.windows import Window as Part
 
         part = None if window is None else Part(window.left, window.top, window.width, window.height)
-        colours = [
-            band for band, kind in zip(raster.indexes, raster.colorinterp, strict=True) if kind != ColorInterp.alpha
+        alphas = [
+            band for band, kind in zip(raster.indexes, raster.colorinterp, strict=True) if kind == ColorInterp.alpha
         ]
+        colours = [band for band in raster.indexes if band not in alphas]
         pixels = np.ascontiguousarray(raster.read(colours, window=part).transpose(1, 2, 0))
         missing: NDArray[np.bool_] | None = None
-        flags = raster.mask_flag_enums[0]
-        if MaskFlags.alpha in flags or MaskFlags.per_dataset in flags:
-            missing = (raster.read_masks(1, window=part) == 0)[:, :, None]
-        elif raster.nodata is not None:
-            missing = np.isnan(pixels) if np.isnan(raster.nodata) else pixels == np.asarray(raster.nodata, pixels.dtype)
+        nodata = [raster.nodatavals[band - 1] for band in colours]
+        if any(value is not None for value in nodata):
+            missing = np.stack([_is(pixels[:, :, index], value) for index, value in enumerate(nodata)], axis=2)
+        hidden = [raster.read(alphas[0], window=part) == 0] if alphas else []
+        if MaskFlags.per_dataset in raster.mask_flag_enums[0] and MaskFlags.alpha not in raster.mask_flag_enums[0]:
+            hidden.append(raster.read_masks(1, window=part) == 0)
+        for outside in hidden:
+            missing = outside[:, :, None] if missing is None else missing | outside[:, :, None]
     return Bands(pixels, missing)
+
+
+def _is(band: NDArray[Any], nodata: float | None) -> NDArray[np.bool_]:
+    if nodata is None:
+        return np.zeros(band.shape, bool)
+    return np.asarray(np.isnan(band) if np.isnan(nodata) else band == nodata)
+
+
+def may_miss(path: Path) -> bool:
+    """Whether pixels of a raster can be missing, by its header: it has nodata, alpha, or a validity mask."""
+    with _opened(path) as raster:
+        from rasterio.enums import MaskFlags
+
+        return any(MaskFlags.all_valid not in flags for flags in raster.mask_flag_enums)
 
 
 def place_of(path: Path) -> Place | None:

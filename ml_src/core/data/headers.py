@@ -4,9 +4,12 @@ Pillow reads the headers of PNG, JPEG, BMP and WebP; tifffile those of TIFFs, wh
 number type.
 """
 
+import logging
+import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,16 @@ from PIL import Image, UnidentifiedImageError
 
 from ml_src.core.errors import DataError
 
+# What these say beside their errors is no help to a user, and comes again for every file.
+warnings.filterwarnings("ignore", module="PIL")
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 # What is too large is found by its header, in `require_decodable`.
 Image.MAX_IMAGE_PIXELS = None
 MAX_DECODED = 2 << 30  # bytes
 # From so many pixels on it pays to read only a part.
 MIN_WINDOWED = 1 << 20
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by IHDR's colour type
 LFS_START = b"version https://git-lfs"
 # TIFF tags.
 ORIENTATION, GEO_TAGS = 274, {33550, 34264, 34735, 42113}  # scale, matrix, keys; what GDAL calls nodata
@@ -29,7 +36,7 @@ ORIENTATION, GEO_TAGS = 274, {33550, 34264, 34735, 42113}  # scale, matrix, keys
 
 @dataclass(frozen=True)
 class Header:
-    """A picture's description; sizes in pixels, upright. `samples` counts all stored channels, `colours` not alpha."""
+    """A picture's description; sizes in pixels, upright."""
 
     format: str  # as Pillow names it: PNG, JPEG, TIFF, ...
     height: int
@@ -37,7 +44,7 @@ class Header:
     orientation: int  # EXIF: 1 is upright, 5 to 8 lie on their side
     pages: int
     samples: int
-    colours: int
+    alphas: tuple[int, ...]  # which of the samples
     bits: int  # per sample
     number: str  # uint, signed, float, complex
     mode: str = ""  # Pillow's; empty for a TIFF
@@ -46,6 +53,16 @@ class Header:
     palette: bool = False
     geo: bool = False
     windowed: bool = False  # a part can be read without decoding the rest, and that pays
+
+    @property
+    def colours(self) -> int:
+        """How many samples are not alpha."""
+        return self.samples - len(self.alphas)
+
+    @property
+    def by_pillow(self) -> bool:
+        """Whether Pillow decodes it: what is no TIFF, and TIFFs of luma and chroma or of less than 8 bits."""
+        return self.format != "TIFF" or (not self.geo and (self.bits < 8 or self.photometric == 6))
 
     @property
     def lossy(self) -> bool:
@@ -101,7 +118,9 @@ def opened(path: Path) -> Iterator[tuple[Any, Header]]:
     except UnidentifiedImageError as error:
         raise DataError(f"{path} is no image that can be read: replace the file or remove the pair") from error
     except Exception as error:  # on damaged files decoders raise nearly anything: OSError, SyntaxError, struct.error
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, IndexError | KeyError | struct.error) or not reason:
+            reason = "it is cut off or damaged"
         raise DataError(f"{path} cannot be read ({reason}): replace the file or remove the pair") from error
 
 
@@ -114,7 +133,8 @@ def _require_picture(path: Path, start: bytes) -> None:
 
 def _pillow_header(image: Image.Image, start: bytes) -> Header:
     form, (width, height) = image.format or "", image.size
-    samples = len(image.getbands())
+    samples = PNG_SAMPLES[start[25]] if form == "PNG" else len(image.getbands())
+    bits = start[24] if form == "PNG" else 16 if image.mode.startswith("I") else 8  # Pillow's mode hides 16 bits of RGB
     orientation = pages = 1
     if form != "MPO":  # the further pictures of a phone's JPEG are previews
         pages = getattr(image, "n_frames", 1)
@@ -129,8 +149,8 @@ def _pillow_header(image: Image.Image, start: bytes) -> Header:
         orientation=orientation,
         pages=pages,
         samples=samples,
-        colours=samples - image.mode.endswith(("A", "a")),
-        bits=start[24] if form == "PNG" else 8,  # IHDR; Pillow's mode hides 16 bits of RGB
+        alphas=(samples - 1,) if samples in (2, 4) and image.mode.endswith(("A", "a")) else (),
+        bits=bits,
         number="uint",
         mode=image.mode,
         palette=image.mode in ("P", "PA"),
@@ -138,36 +158,49 @@ def _pillow_header(image: Image.Image, start: bytes) -> Header:
 
 
 def _tiff_header(tiff: tifffile.TiffFile) -> Header:
-    page: Any = tiff.pages.first
-    extra = [int(kind) for kind in page.extrasamples]
-    unnamed_alpha = page.samplesperpixel == 4 and not extra and page.photometric == 2
+    page = main_page(tiff)
+    samples, extra = int(page.samplesperpixel), [int(kind) for kind in page.extrasamples]
+    alphas = tuple(samples - len(extra) + index for index, kind in enumerate(extra) if kind in (1, 2))
+    geo = not GEO_TAGS.isdisjoint(page.tags.keys())
+    if samples == 4 and not extra and page.photometric == 2 and not geo:
+        alphas = (3,)
     height, width = int(page.imagelength), int(page.imagewidth)
     tag = page.tags.get(ORIENTATION)
-    orientation = 1 if tag is None else int(tag.value)
+    orientation = 1 if tag is None or geo else int(tag.value)  # where a map's pixels are, its coordinates say
     tall = int(page.tilelength if page.is_tiled else page.rowsperstrip)
-    return Header(
+    header = Header(
         format="TIFF",
         height=width if orientation in (5, 6, 7, 8) else height,
         width=height if orientation in (5, 6, 7, 8) else width,
         orientation=orientation,
         pages=_num_pages(tiff),
-        samples=int(page.samplesperpixel),
-        colours=int(page.samplesperpixel) - sum(kind in (1, 2) for kind in extra) - unnamed_alpha,
+        samples=samples,
+        alphas=alphas,
         bits=int(page.bitspersample),
         number={2: "signed", 3: "float", 5: "complex", 6: "complex"}.get(int(page.sampleformat), "uint"),
         photometric=int(page.photometric),
         compression=int(page.compression),
         palette=page.photometric == 3,
-        geo=not GEO_TAGS.isdisjoint(page.tags.keys()),
-        windowed=height * width >= MIN_WINDOWED and tall < height and orientation == 1,
+        geo=geo,
     )
+    windowed = height * width >= MIN_WINDOWED and tall < height and orientation == 1 and not header.by_pillow
+    return replace(header, windowed=windowed)
+
+
+def main_page(tiff: tifffile.TiffFile) -> Any:
+    """Return the first page that is neither a reduced copy (overview) nor a validity mask."""
+    return next((page for page in tiff.pages if _is_picture(page)), tiff.pages.first)
+
+
+def _is_picture(page: Any) -> bool:
+    return not int(getattr(page, "subfiletype", 0)) & 0b101
 
 
 def _num_pages(tiff: tifffile.TiffFile) -> int:
-    """Count pictures, not the reduced copies (overviews) and validity masks that a GeoTIFF keeps beside its one."""
+    """Count pictures, not what a GeoTIFF keeps beside its one."""
     if tiff.is_imagej and len(tiff.pages) == 1:  # ImageJ writes the header of the first picture only
         return int((tiff.imagej_metadata or {}).get("images", 1))
-    return sum(not int(getattr(page, "subfiletype", 0)) & 0b101 for page in tiff.pages)
+    return sum(map(_is_picture, tiff.pages))
 
 
 def require_decodable(path: Path, header: Header) -> None:

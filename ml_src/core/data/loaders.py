@@ -120,9 +120,18 @@ class Loader:
             for chosen in step.batches:
                 batch = next(batches)
                 yield batch if chosen else batch.emptied()
-        except MLError as error:  # torch wraps what a worker raised into the text of its traceback
+        except MLError as error:
+            self.close()
+            # torch wraps what a worker raised into the text of its traceback
             sentence = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
             raise type(error)(sentence) from None
+
+    def close(self) -> None:
+        """End the workers now; left to the end of Python they would complain that they were ended."""
+        iterator = self.batches._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+            self.batches._iterator = None
 
     def epoch(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of one epoch, whatever step they belong to."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset
 from ml_src.core.data.files import Pair, Raster, image_info, read_image, read_mask, row_windows
 from ml_src.core.data.headers import read_header
 from ml_src.core.data.pairs import Pairs
+from ml_src.core.data.truth import Truth
 from ml_src.core.errors import DataError
 from ml_src.core.transforms import Pipeline
 from ml_src.core.transforms.intensity import full_range
@@ -110,25 +110,30 @@ class LargePair:
         """Return (row, column) of a pixel with this mask value, each as likely; None where there is none."""
         if not self.with_masks:
             return None
-        blocks = _blocks_with(self.pair.mask, value, self.pair.mask.stat().st_mtime_ns)
+        stamp = self.pair.image.stat().st_mtime_ns, self.pair.mask.stat().st_mtime_ns
+        blocks = _blocks_with(self.pair, value, stamp)
         if not len(blocks):
             return None
         top, left, _ = blocks[np.searchsorted(np.cumsum(blocks[:, 2]), rng.integers(blocks[:, 2].sum()), "right")]
         window = Window(int(top), int(left), min(BLOCK, self.size[0] - int(top)), min(BLOCK, self.size[1] - int(left)))
-        rows, columns = np.nonzero(read_mask(self.pair.mask, window) == value)
+        rows, columns = np.nonzero(_has(value, *Truth(self.pair).read(window)))
         chosen = rng.integers(len(rows))
         return int(top) + int(rows[chosen]), int(left) + int(columns[chosen])
 
 
+def _has(value: int, mask: NDArray[Any], nowhere: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    return np.asarray(mask == value if nowhere is None else (mask == value) & ~nowhere)
+
+
 @lru_cache(maxsize=4096)
-def _blocks_with(path: Path, value: int, changed: int) -> NDArray[np.int64]:
-    """The blocks of a mask that have a value, as rows of (top, left, pixels); read once, until the file changes."""
-    header, found = read_header(path), []
-    whole = None if header.windowed else read_mask(path)
-    for band in row_windows(header.height, header.width, BLOCK):
-        rows = read_mask(path, band) if whole is None else whole[band.top : band.top + band.height]
-        has = (rows == value).sum(axis=0)
-        counts = np.add.reduceat(has, np.arange(0, header.width, BLOCK))
+def _blocks_with(pair: Pair, value: int, changed: tuple[int, int]) -> NDArray[np.int64]:
+    """The blocks of a mask that have a value, as rows of (top, left, pixels); read once, until a file changes."""
+    truth, found = Truth(pair), []
+    height, width = truth.mask.height, truth.mask.width
+    whole = None if truth.windowed else _has(value, *truth.read())
+    for band in row_windows(height, width, BLOCK):
+        rows = _has(value, *truth.read(band)) if whole is None else whole[band.top : band.top + band.height]
+        counts = np.add.reduceat(rows.sum(axis=0), np.arange(0, width, BLOCK))
         found += [(band.top, BLOCK * int(column), int(counts[column])) for column in np.flatnonzero(counts)]
     return np.array(found, np.int64).reshape(-1, 3)
 
@@ -137,28 +142,28 @@ def without_nodata(
     raster: Raster, mask: NDArray[Any] | None, fill: NDArray[np.float64], ignore_index: int
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """Put `fill` (shares of the full range) where bands have no data; ignore the mask where no band has any."""
-    pixels = raster.pixels
+    pixels, nowhere = raster.pixels, raster.nowhere
     if mask is not None and ignore_index > 255:
         mask = mask.astype(np.uint16, copy=False)  # 8 bits could not hold what is ignored
     if raster.missing is not None:
         levels = fill * full_range(pixels.dtype)
         filling = (levels if pixels.dtype.kind == "f" else np.rint(levels)).astype(pixels.dtype)
         pixels = np.where(raster.missing, filling, pixels)
-        if mask is not None:
-            mask = np.where(raster.missing.all(axis=2), ignore_index, mask).astype(mask.dtype)
+    if mask is not None and nowhere is not None:
+        mask = _ignored(mask, nowhere, ignore_index)
     return pixels, mask
 
 
-def read_truth(pair: Pair, channels: int, ignore_index: int) -> NDArray[Any]:
+def read_truth(pair: Pair, ignore_index: int) -> NDArray[Any]:
     """Return the mask of a pair, (H, W), ignored where the image has no data."""
-    header, mask = read_header(pair.image), read_mask(pair.mask)
-    if not header.geo and header.dtype != np.float32:
-        return mask
-    raster = read_image(pair.image, channels)
-    require_size(mask.shape, raster.pixels.shape[:2], pair)
-    truth = without_nodata(raster, mask, np.zeros(1), ignore_index)[1]
-    assert truth is not None
-    return truth
+    mask, nowhere = Truth(pair).read()
+    return mask if nowhere is None else _ignored(mask, nowhere, ignore_index)
+
+
+def _ignored(mask: NDArray[Any], where: NDArray[np.bool_], ignore_index: int) -> NDArray[Any]:
+    if ignore_index > 255:
+        mask = mask.astype(np.uint16, copy=False)  # 8 bits could not hold what is ignored
+    return np.where(where, ignore_index, mask).astype(mask.dtype)
 
 
 def require_size(mask_size: tuple[int, ...], size: tuple[int, ...], pair: Pair) -> None:

@@ -420,7 +420,7 @@ def read_split(splits_dir: Path, data_dir: Path, name: str) -> Pairs:
 
 
 def pairs_of_split(splits_dir: Path, data_dir: Path) -> list[Pair] | None:
-    """Return all pairs that ml-split divided, sorted by image, whatever folder their masks are in; None without a split.
+    """Return all pairs that ml-split divided, whatever folder their masks are in, sorted; None without a split.
 
     Raises: DataError as `read_split` does.
     """

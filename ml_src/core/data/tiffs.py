@@ -10,15 +10,16 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
+from ml_src.core.data.headers import main_page
 from ml_src.core.transforms.source import Window
 
 
 def read_tiff(tiff: tifffile.TiffFile, window: Window) -> NDArray[Any]:
-    """Decode a window of the first page as it is stored: (height, width, samples).
+    """Decode a window of the picture as it is stored: (height, width, samples).
 
     Raises: what tifffile raises for a damaged file or a compression it does not know.
     """
-    page: Any = tiff.pages.first
+    page = main_page(tiff)
     tall = page.tilelength if page.is_tiled else page.rowsperstrip
     wide = page.tilewidth if page.is_tiled else page.imagewidth
     down, across = -(-page.imagelength // tall), -(-page.imagewidth // wide)

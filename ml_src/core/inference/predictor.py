@@ -83,7 +83,7 @@ def measure_split(
         for prediction in task.predict(model, split, target):
             name = prediction.pair.image.stem + ".png"
             write_mask(output_dir / "masks" / name, prediction.labels, config.data.num_classes)
-            image = read_image(prediction.pair.image, config.model.in_channels).pixels
+            image = read_image(prediction.pair.image, config.model.in_channels).to_show
             write_overlay(output_dir / "overlays" / name, image, prediction.labels)
             yield prediction
 

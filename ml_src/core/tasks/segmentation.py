@@ -21,6 +21,7 @@ from ml_src.core.data.order import Order, ShareOfBatches
 from ml_src.core.data.pairs import Pairs
 from ml_src.core.data.segmentation import SampleKey, SegmentationDataset, read_truth, require_size
 from ml_src.core.data.statistics import channel_statistics
+from ml_src.core.errors import DataError
 from ml_src.core.losses import build_loss
 from ml_src.core.losses.segmentation import balanced_weights
 from ml_src.core.metrics.segmentation import ConfusionMatrix, summarize
@@ -156,6 +157,12 @@ class Segmentation:
             facts = checks.scan(pairs, splits.cache_path(self.config.splits_dir), advance)
         checks.check_masks(pairs, facts, data.num_classes, data.ignore_index)
         checks.check_images(pairs, facts, model.in_channels)
+        train = checks.class_counts(facts[: len(parts[0])], data.num_classes, self.ignore_index)
+        if not any(train):
+            raise DataError(
+                f"no pixel of the {len(parts[0])} training masks is labelled where its image has data: "
+                f"look at them with ml-check {self.data_dir}"
+            )
         num_alpha = sum(fact.alpha for fact in facts)
         if num_alpha:
             log.info("%d of %d images have an alpha channel, which is dropped", num_alpha, len(facts))
@@ -223,7 +230,7 @@ class Segmentation:
             for logits, size in zip(model(self._normalize(batch.images, device)), batch.sizes, strict=True):
                 pair = next(pairs)
                 labels = self._labels(logits, size)
-                truth = read_truth(pair, self.config.model.in_channels, self.ignore_index)
+                truth = read_truth(pair, self.ignore_index)
                 require_size(truth.shape, size, pair)
                 confusion = ConfusionMatrix(len(self.class_names), self.ignore_index)
                 confusion.update(labels, truth)

@@ -4,7 +4,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -79,7 +79,7 @@ def train(config: Config, resume: Path | None = None, overwrite: bool = False) -
             write_text(run_dir / "config.yaml", to_yaml(config))
         num_parameters = sum(p.numel() for p in training.measured.parameters())
         log.info("%s, %d parameters, on %s", run_dir, num_parameters, backend.device)
-        with stop_on_ctrl_c(training):
+        with closing(training.train_loader), closing(training.val_loader), stop_on_ctrl_c(training):
             fit(training)
         backend.close()
         if training.interrupted:
