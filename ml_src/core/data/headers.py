@@ -50,6 +50,7 @@ class Header:
     mode: str = ""  # Pillow's; empty for a TIFF
     photometric: int = 1  # of a TIFF: 0 white is zero, 1 gray, 2 RGB, 3 palette, 6 YCbCr
     compression: int = 1  # of a TIFF
+    lossy_webp: bool = False
     palette: bool = False
     geo: bool = False
     windowed: bool = False  # a part can be read without decoding the rest, and that pays
@@ -66,8 +67,8 @@ class Header:
 
     @property
     def lossy(self) -> bool:
-        """Whether it is a JPEG; 6 and 7 are the two kinds inside a TIFF."""
-        return self.format in ("JPEG", "MPO") or self.compression in (6, 7)
+        """Whether compression has changed its values; 6 and 7 are the two kinds of JPEG inside a TIFF."""
+        return self.format in ("JPEG", "MPO") or self.compression in (6, 7) or self.lossy_webp
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -102,7 +103,7 @@ def opened(path: Path) -> Iterator[tuple[Any, Header]]:
     """
     try:
         with path.open("rb") as file:
-            start = file.read(26)
+            start = file.read(64)  # of a WebP, up to the first chunk of pixels
             file.seek(0)
             if start.startswith(TIFF_STARTS):
                 with tifffile.TiffFile(file, name=path.name) as tiff:
@@ -154,6 +155,7 @@ def _pillow_header(image: Image.Image, start: bytes) -> Header:
         number="uint",
         mode=image.mode,
         palette=image.mode in ("P", "PA"),
+        lossy_webp=form == "WEBP" and b"VP8 " in start,
     )
 
 
