@@ -125,6 +125,8 @@ def _guides_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assert_it_can_train(config: Config) -> None:
     """Every part of the run that needs no data can be built, and one batch goes through."""
+    if config.needs_statistics:
+        config = config.with_statistics([0.5], [0.25])
     import_plugins(config.plugins)
     alone = config.training.model_copy(update={"num_processes": None})  # the command would start the others
     choose_backend(config.model_copy(update={"training": alone}))

@@ -337,9 +337,10 @@ def _stored_by_pillow(path: Path, image: Any, header: Header) -> NDArray[Any]:
 
 def mask_problem(header: Header) -> str | None:
     """Return the rule of the guide that a mask's header breaks; completes "<path> ..."."""
+    if header.lossy_webp:
+        return "is a lossy WebP, whose compression changes class indices; save masks as PNG or TIFF"
     if header.lossy:
-        form = "WebP" if header.lossy_webp else "JPEG"
-        return f"is a {form}, whose compression changes class indices; save masks as PNG or TIFF"
+        return "is a JPEG, whose compression changes class indices; save masks as PNG or TIFF"
     if header.format not in ("PNG", "TIFF"):
         return f"is a {header.format} file; save masks as PNG or TIFF"
     if header.pages > 1:
