@@ -41,6 +41,7 @@ def private(pid):
 import multiprocessing
 main = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 print(len(pairs), max(private(child.pid) for child in multiprocessing.active_children()), main)
+loader.close()
 """
 
 
