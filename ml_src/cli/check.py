@@ -39,6 +39,7 @@ def _check(argv: Sequence[str]) -> int:
 
     from pathlib import Path
 
+    _require_sense(args)
     data_dir = Path(args.data)
     if args.preview is not None:
         return _preview(Path(args.preview), data_dir, args.output)
@@ -50,18 +51,17 @@ def _check(argv: Sequence[str]) -> int:
     from ml_src.core.checking.findings import find, headline
     from ml_src.core.data.files import read_class_names
 
-    _require_sense(args)
     names = read_class_names(data_dir)
     looks = _look(data_dir, None if args.mask_dir is None else Path(args.mask_dir))
     splits_dir = Path(args.splits_dir) if args.splits_dir else data_dir / "splits"
     findings = find(looks, data_dir, names, args.num_classes, splits_dir)
 
-    print(headline(findings, looks, names))
+    _say([headline(findings, looks, names)])
     print()
     report.print_report(findings, sum(look.image is not None and bool(look.masks) for look in looks))
     if args.report is not None:
         report.write_report(Path(args.report), findings, looks, data_dir)
-        print(f"report in {args.report}")
+        _say([f"report in {args.report}"])
     errors = [finding for finding in findings if finding.severity == "error"]
     if not args.fix:
         return 1 if errors else 0
@@ -74,8 +74,13 @@ def _require_sense(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from ml_src.core.checking.report import require_ending
-    from ml_src.core.errors import ConfigError
+    from ml_src.core.errors import ConfigError, DataError
 
+    tasks = {"--fix": args.fix, "--undo": args.undo, "--preview": args.preview is not None}
+    if len(given := [flag for flag, wanted in tasks.items() if wanted]) > 1:
+        raise ConfigError(f"{' and '.join(given)} do not go together: give one of them")
+    if Path(args.data).is_file():
+        raise DataError(f"{args.data} is a file: give the folder that holds images/ and masks/")
     if args.num_classes is not None and args.num_classes < 2:
         raise ConfigError(f"--num_classes is {args.num_classes}: give a number from 2 up")
     if (args.colors or args.merge) and not args.fix:
@@ -103,18 +108,17 @@ def _fix(looks: "list[Look]", data_dir: "Path", output_dir: "Path", args: argpar
     from ml_src.core.checking import repair
 
     colors = None if args.colors is None else Path(args.colors)
-    outcome = repair.fix(looks, data_dir, output_dir, colors, args.merge, args.num_classes)
+    mask_dir = None if args.mask_dir is None else Path(args.mask_dir)
+    outcome = repair.fix(looks, data_dir, output_dir, colors, args.merge, args.num_classes, mask_dir)
     print()
-    for line in outcome.lines:
-        print(line)
+    _say(outcome.lines)
     return outcome.refused
 
 
 def _undo(output_dir: "Path") -> int:
     from ml_src.core.checking import repair
 
-    for line in repair.undo(output_dir):
-        print(line)
+    _say(repair.undo(output_dir))
     return 0
 
 
@@ -124,5 +128,12 @@ def _preview(config_path: "Path", data_dir: "Path", output: str | None) -> int:
     from ml_src.core.checking.preview import write_preview
 
     sheet = Path(output) if output else Path(f"{data_dir.resolve().name}_preview.png")
-    print(f"samples as the model will see them in {write_preview(config_path, data_dir, sheet)}")
+    _say([f"samples as the model will see them in {write_preview(config_path, data_dir, sheet)}"])
     return 0
+
+
+def _say(lines: Sequence[str]) -> None:
+    from ml_src.core.checking.report import printable
+
+    for line in lines:
+        print(printable(line))

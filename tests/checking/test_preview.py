@@ -15,7 +15,7 @@ from ml_src.core.config_file import load_config
 from ml_src.core.data.files import find_pairs
 from ml_src.core.data.segmentation import SampleKey, SegmentationDataset
 from ml_src.core.data.splits import read_split
-from ml_src.core.errors import DataError
+from ml_src.core.errors import ConfigError, DataError
 from ml_src.core.pictures import palette
 from ml_src.core.transforms import build_transforms
 
@@ -187,3 +187,41 @@ def test_statistics_that_are_left_to_the_data_are_computed(tmp_path):
     path.write_text(yaml.safe_dump(raw))
     sheet = read_sheet(write_preview(path, None, tmp_path / "sheet.png"))
     assert place_of(sheet, fourfold(noise((SIDE, SIDE, 3), seed=0))) is not None
+
+
+@pytest.mark.parametrize("name", ["sheet", "sheet.jpg", "config.yaml"])
+def test_another_ending_is_refused_and_nothing_is_written(tmp_path, name):
+    data = write_pairs(tmp_path / "set", 1, np.zeros((SIDE, SIDE), np.uint8))
+    path = write_config(data, [])
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"give a name that ends in \.png"):
+        write_preview(path, None, data / name)
+    assert path.read_bytes() == before
+    assert sorted(one.name for one in data.iterdir()) == ["config.yaml", "images", "masks"]
+
+
+@pytest.mark.parametrize("name", ["images/0.png", "masks/0.png", "images/new.png", "masks/deep/new.png"])
+def test_the_sheet_never_lies_among_the_data(tmp_path, name):
+    data = write_pairs(tmp_path / "set", 1, np.zeros((SIDE, SIDE), np.uint8))
+    path = write_config(data, [])
+    (tmp_path / "link").symlink_to(data)
+    before = {one: one.read_bytes() for one in data.rglob("*.png")}
+    for output in (data / name, tmp_path / "link" / name, data / "images" / ".." / name):
+        with pytest.raises(ConfigError, match="among the data: give a name elsewhere"):
+            write_preview(path, None, output)
+    assert {one: one.read_bytes() for one in data.rglob("*.png")} == before
+
+
+def test_the_sheet_never_lies_among_masks_that_the_split_names(tmp_path):
+    data = write_pairs(tmp_path / "set", 9, np.zeros((SIDE, SIDE), np.uint8))
+    (data / "masks").rename(data / "labels")
+    assert split.main(["--raw_data", str(data / "images"), "--mask_data", str(data / "labels"), "--folds", "2"]) == 0
+    path = write_config(data, [])
+    with pytest.raises(ConfigError, match="labels, among the data"):
+        write_preview(path, None, data / "labels" / "0.png")
+
+
+def test_a_sheet_takes_the_place_of_an_older_one(tmp_path):
+    path = write_config(write_pairs(tmp_path / "set", 1, np.zeros((SIDE, SIDE), np.uint8)), [])
+    (tmp_path / "sheet.png").write_bytes(b"older")
+    read_sheet(write_preview(path, None, tmp_path / "sheet.png"))

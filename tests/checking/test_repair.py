@@ -261,7 +261,7 @@ def test_a_wrong_ending_and_another_name_are_put_right(data):
     save(data / "masks/a_mask.png", TWO).rename(data / "masks/a_mask.jpg")
     save(data / "masks/b_mask.png", TWO)
     outcome = mended(data)
-    assert outcome.lines[1:3] == ["  1 mask: named .png, as what it is", "  1 mask: named as its image"]
+    assert outcome.lines[1:3] == ["  2 masks: named as its image", "  1 mask: named .png, as what it is"]
     assert sorted(path.name for path in (data / "masks_fixed").iterdir()) == ["a.png", "b.png", "fixes.json"]
     assert (data / "masks_fixed/a.png").read_bytes() == (data / "masks/a_mask.jpg").read_bytes()
 
@@ -619,3 +619,14 @@ def test_real_pairs_that_lack_a_half_are_named(real_data, tmp_path):
     outcome = mended(data)
     assert outcome.refused == 9 and not (data / "masks_fixed").exists()
     assert outcome.lines[-1] == "6 masks need no repair; nothing was written"
+
+
+def test_colours_that_compression_has_changed_are_to_be_exported_again(data):
+    for stem in "ab":
+        save(
+            data / f"masks/{stem}.jpg",
+            np.array([[200, 30, 30], [20, 180, 40], [10, 10, 220], [0, 0, 0]], np.uint8)[FOUR],
+        )
+    outcome = mended(data)
+    assert outcome.lines[0].startswith("compression has changed the colours of the masks")
+    assert "export the masks again as PNG" in outcome.lines[0] and not (data / "masks_fixed").exists()

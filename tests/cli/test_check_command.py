@@ -202,7 +202,7 @@ KINDS: dict[str, tuple[Make, str, int]] = {
     ),
     "multi-page mask": (
         one(lambda path: tifffile.imwrite(path, np.zeros((3, 48, 64), np.uint8), photometric="minisblack")),
-        "masks/2.png has 3 pages, but a mask is one page: save each",
+        "masks/2.png has 3 pages, of which 0 pixels have several and 3072 none: which class do these pixels have?",
         1,
     ),
     "wrong extension": (

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_src.core.checking.mask_colours import ColourMap
-from ml_src.core.checking.mask_values import Tally, ValueMap, class_dtype, shown, tally_of
+from ml_src.core.checking.mask_values import ValueMap, class_dtype, shown
 from ml_src.core.checking.stored import Stored
+from ml_src.core.checking.tallies import Tally, tally_of
 from ml_src.core.data.checks import UNLABELLED
 from ml_src.core.data.files import listed
 from ml_src.core.errors import DataError

@@ -3,31 +3,39 @@
 Files and pairs are judged here, masks in `mask_findings.py`, the set as a whole and its splits in `set_findings.py`.
 """
 
+import errno
+import os
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ml_src.core.checking.inspection import Cause, ImageLook, Look, MaskLook
+from ml_src.core.checking.inspection import ImageLook, Look, MaskLook
 from ml_src.core.checking.kinds import FIX, KINDS, SEVERITIES, Finding, named, of_files, of_set
-from ml_src.core.checking.mask_findings import mask_findings
-from ml_src.core.checking.set_findings import FOLDS, Parts, class_findings, image_findings, split_findings
+from ml_src.core.checking.mask_findings import mask_findings, open_question
+from ml_src.core.checking.set_findings import FOLDS, Parts, class_findings, image_findings, one_class, split_findings
+from ml_src.core.data.checks import UNLABELLED, unlabelled_value
 from ml_src.core.data.files import listed, stem_of
 from ml_src.core.data.headers import MAX_DECODED, Header
 
 __all__ = ["Finding", "find", "headline"]
 
 # What is said of files that cannot be read, where there are several.
-UNREADABLE: Mapping[Cause, str] = {
+UNREADABLE: Mapping[str, str] = {
     "lfs_pointer": "are Git LFS pointers, not the pictures themselves: run git lfs pull",
     "empty_file": "are empty: restore them, or remove the pairs",
     "not_an_image": "are no images, whatever their names say: replace them, or remove the pairs",
+    "no_permission": "cannot be read for want of permission: give it, as by chmod u+r",
+    "link_to_itself": "are links that lead to themselves: replace them, or remove the pairs",
     "damaged_file": "are damaged or cut off: replace them, or remove the pairs",
     "too_large": f"would take more than {MAX_DECODED >> 30} GiB of memory each: save them as tiled TIFFs, of which "
     "parts can be read, or cut them up",
     "needs_rasterio": "are GeoTIFFs: run pip install 'ml-src[geo]' to read them",
     "unsupported_colours": "have colours that are not gray, RGB or bands: convert them to RGB",
-    "multi_page": "have several pages, but an image or a mask is one: save each page as a file of its own",
+    "multi_page": "have several pages, but an image is one: save each page as a file of its own",
 }
+# Causes that the system names.
+REFUSED = {"no_permission": os.strerror(errno.EACCES), "link_to_itself": os.strerror(errno.ELOOP)}
 ENDINGS = {
     "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg"),
@@ -73,6 +81,8 @@ def find(
     ]
     bad = {finding.path for finding in of_masks if finding.severity == "error"}
     good = [mask for mask in single if mask.values and mask.path not in bad]
+    if len(good) == len(masks):
+        found += one_class(good, num_classes)
     if 2 * len(good) > len(masks):
         found += class_findings(good, names, num_classes, len(parts.folds) or FOLDS)
     return _ordered(found)
@@ -99,34 +109,74 @@ def headline(findings: Sequence[Finding], looks: Sequence[Look], names: Sequence
         return f"{worst[0].severity}: {worst[0].summary}"
     pairs = sum(look.image is not None and bool(look.masks) for look in looks)
     values = sorted({int(value) for look in looks for mask in look.masks for value in mask.values})
-    classes = f"{len(names)} classes" if names else f"values {values[0]} to {values[-1]}" if values else "no value"
+    unlabelled = bool(values) and _is_unlabelled_255(values, names)
+    known = values[:-1] if unlabelled else values
+    classes = f"{len(names)} classes" if names else f"values {known[0]} to {known[-1]}" if known else "no value"
+    classes += f", {UNLABELLED} is unlabelled" * unlabelled
     notes = dict.fromkeys(f"; note: {finding.summary}" for finding in findings)
     return f"all is well with {pairs} pair{'s' * (pairs != 1)} of image and mask, {classes}{''.join(notes)}"
+
+
+def _is_unlabelled_255(values: Sequence[int], names: Sequence[str] | None) -> bool:
+    """Whether 255 is beside the classes; where all 256 values are fine and have no names, it is one."""
+    return unlabelled_value(values, names) == UNLABELLED and (bool(names) or len(values) <= UNLABELLED)
 
 
 # Files
 
 
 def _unreadable(looks: Sequence[Look]) -> list[Finding]:
-    by_cause: dict[Cause, dict[Path, str]] = defaultdict(dict)
+    by_cause: dict[str, dict[Path, str]] = defaultdict(dict)
+    paged: list[MaskLook] = []
     for look in looks:
         for one in (look.image, *look.masks):
-            if one is not None and one.cause is not None:
-                by_cause[one.cause][one.path] = _reason(one)
+            if isinstance(one, MaskLook) and one.cause == "multi_page":
+                paged.append(one)
+            elif one is not None and one.cause is not None:
+                cause = _cause(one)
+                by_cause[cause][one.path] = _reason(one, cause)
     is_mask = {mask.path for look in looks for mask in look.masks}
-    return [
+    found = [
         finding
         for cause, says in by_cause.items()
         for finding in of_files(cause, "error", _noun(says, is_mask), says, UNREADABLE[cause])
     ]
+    return found + _paged_masks(paged)
 
 
-def _reason(one: ImageLook | MaskLook) -> str:
+def _paged_masks(masks: Sequence[MaskLook]) -> list[Finding]:
+    """Name masks of several pages: those that --fix makes one of, and those of which it cannot be told how."""
+    mended: dict[Path, str] = {}
+    others: dict[Path, str] = {}
+    for mask in masks:
+        question = open_question(mask.path)
+        if question is None:
+            pages = mask.header.pages if mask.header is not None else 0
+            mended[mask.path] = f"has {pages} pages, but a mask is one page: {FIX} makes one of them"
+        else:
+            others[mask.path] = question
+    together = "have several pages, but a mask is one: "
+    remedy = "save class indices, as one page"
+    return [
+        *of_files("multi_page", "error", "mask", mended, f"{together}{FIX} makes one of them", FIX),
+        *of_files("multi_page", "error", "mask", others, f"{together}{remedy}", remedy),
+    ]
+
+
+def _cause(one: ImageLook | MaskLook) -> str:
+    system = (cause for cause, words in REFUSED.items() if f"({words})" in (one.problem or ""))
+    return next(system, str(one.cause)) if one.header is None else str(one.cause)
+
+
+def _reason(one: ImageLook | MaskLook, cause: str) -> str:
     reason = (one.problem or "").removeprefix(f"{one.path} ")
-    if one.cause == "multi_page" and one.header is not None:
-        what = "an image" if isinstance(one, ImageLook) else "a mask"
-        return f"has {one.header.pages} pages, but {what} is one page: save each as a file of its own"
-    return f"is damaged or cut off: it {reason}" if one.cause == "damaged_file" else reason
+    if cause == "no_permission":
+        return "cannot be read for want of permission: give it, as by chmod u+r"
+    if cause == "link_to_itself":
+        return "is a link that leads to itself: replace it, or remove the pair"
+    if cause == "multi_page" and one.header is not None:
+        return f"has {one.header.pages} pages, but an image is one page: save each as a file of its own"
+    return f"is damaged or cut off: it {reason}" if cause == "damaged_file" else reason
 
 
 def _noun(paths: Mapping[Path, object], masks: set[Path]) -> str:
@@ -222,12 +272,28 @@ def _several(looks: Sequence[Look]) -> list[Finding]:
 
 
 def _folders(looks: Sequence[Look], data_dir: Path) -> list[Finding]:
-    apart = sum(look.image is not None and look.image.path.parent != data_dir / "images" for look in looks)
-    if not apart:
+    """Say how images that lie each in a folder of its own, and their masks, come into one folder each."""
+    pairs = {look.image.path: [mask.path for mask in look.masks] for look in looks if look.image is not None}
+    if not pairs or next(iter(pairs)).parent == data_dir / "images":
         return []
-    where = f"put all images into {data_dir / 'images'} and their masks into {data_dir / 'masks'}"
-    lie = "images lie each" if apart > 1 else "image lies"
-    return [of_set("layout", "error", f"{apart} {lie} in a folder of its own: {where}", where)]
+    lie = f"{len(pairs)} {'images lie each' if len(pairs) > 1 else 'image lies'} in a folder of its own"
+    if len({stem_of(path) for path in pairs}) < len(pairs):
+        where = f"put all into {data_dir / 'images'}, each under a name of its own, and its mask under the same name"
+        return [of_set("layout", "error", f"{lie}: {where} into {data_dir / 'masks'}", f"{where} into masks")]
+    command = _copy(data_dir, "images")
+    if any(path.parent.parent == mask.parent.parent for path, masks in pairs.items() for mask in masks):
+        if all([stem_of(mask) for mask in masks] in ([], [stem_of(path)]) for path, masks in pairs.items()):
+            command += f" && {_copy(data_dir, 'masks')}"
+        else:
+            merge = " --merge union" if any(len(masks) > 1 for masks in pairs.values()) else ""
+            command = f"{FIX.replace('DATA', shlex.quote(str(data_dir)))}{merge}, then {command}"
+    return [of_set("layout", "error", f"{lie}: put them into one: run {command}", f"run {command}")]
+
+
+def _copy(data_dir: Path, kind: str) -> str:
+    """Return the command that copies what lies in the folders of one image each into one folder."""
+    folder = shlex.quote(str(data_dir))
+    return f"mkdir {folder}/{kind} && cp {folder}/*/{kind}/* {folder}/{kind}"
 
 
 def _other_names(looks: Sequence[Look], data_dir: Path) -> list[Finding]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ml_src.core.checking.duplicates import Fingerprint, fingerprint
 from ml_src.core.checking.layouts import Files
+from ml_src.core.checking.tallies import compact_pixels
 from ml_src.core.data.files import BAND, image_info, mask_problem, read_image, read_mask, row_windows
 from ml_src.core.data.geotiffs import Place, place_of
 from ml_src.core.data.headers import LFS_START, TIFF_STARTS, Header, read_header, require_decodable
@@ -50,6 +51,7 @@ class MaskLook:
     num_distinct: int = 0  # of values or colours; more than MOST_VALUES are counted but only the commonest kept
     num_not_finite: int = 0  # NaN and infinite pixels
     cause: Cause | None = None  # of `problem`, in a word
+    compact: dict[float, int] = field(default_factory=dict)  # of the first channel, those among eight of their value
 
 
 @dataclass(frozen=True)
@@ -160,26 +162,32 @@ def _range_of_all(pixels: NDArray[Any], missing: NDArray[np.bool_] | None) -> Ra
 
 def _look_at_mask(path: Path) -> MaskLook:
     header = None
-    tally = _Tally()
+    tally, inside = _Tally(), _Tally()
     try:
         header = read_header(path)
         require_decodable(path, header)
         for window in row_windows(header.height, header.width) if header.windowed else [None]:
-            tally.add(_mask_pixels(path, header, window))
+            pixels, missing = _mask_pixels(path, header, window)
+            tally.add(pixels[~missing] if missing is not None else pixels.reshape(-1, pixels.shape[2]))
+            inside.add(compact_pixels(pixels[:, :, 0])[:, None])
     except DataError as error:
         return MaskLook(path, header, str(error), cause=_cause(path, header))
     values, colours = tally.commonest()
-    return MaskLook(path, header, None, values, colours, len(tally.pixels), tally.num_not_finite)
+    compact, _ = inside.commonest()
+    return MaskLook(path, header, None, values, colours, len(tally.pixels), tally.num_not_finite, None, compact)
 
 
-def _mask_pixels(path: Path, header: Header, window: Window | None) -> NDArray[Any]:
-    """Return what training would read or, of a mask that it refuses, what there is: (pixels, channels)."""
+def _mask_pixels(path: Path, header: Header, window: Window | None) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+    """Return what training would read or, of a mask that it refuses, what there is, (H, W, C), and where it is missing.
+
+    Where numbers are not finite nothing is called missing, for these are counted.
+    """
     if mask_problem(header) is None:
-        return read_mask(path, window).reshape(-1, 1)
+        return read_mask(path, window)[:, :, None], None
     pixels, missing = read_image(path, window=window)
-    if missing is None or np.isnan(pixels).any():
-        return pixels.reshape(-1, pixels.shape[2])
-    return pixels[~missing.any(axis=2)]
+    if missing is None or not np.isfinite(pixels).all():
+        return pixels, None
+    return pixels, np.asarray(missing.any(axis=2))
 
 
 class _Tally:

@@ -16,6 +16,8 @@ from ml_src.core.errors import DataError
 
 WORDS = re.compile(r"\d+|[^\W\d_]+")  # of a stem: its numbers and its words
 SIGN = re.compile(r"[\W_]")  # what may stand between an image's stem and the rest of its mask's
+# Names are compared loosely only where fewer than one in so many is the same: else what is left over has no partner.
+ONE_IN = 10
 
 
 class Files(NamedTuple):
@@ -28,9 +30,9 @@ class Files(NamedTuple):
 def find_files(data_dir: Path, mask_dir: Path | None = None) -> list[Files]:
     """Find the images under DATA/images with their masks under DATA/masks, or else one folder an image in DATA.
 
-    A mask belongs to the image of its stem. It may lie in a folder of the image's stem, or in one of a class. Where an
-    image has no mask of its stem, masks whose names begin with its stem are taken; then those with the same numbers and
-    words, but for words that only and all masks, or images, have.
+    A mask belongs to the image of its stem. It may lie in a folder of the image's stem, or in one of a class. Where
+    (nearly) no image has a mask of its stem, masks whose names begin with its stem are taken; then those with the same
+    numbers and words, but for words that only and all masks, or images, have.
 
     Raises: DataError where there are no images or masks at all.
     """
@@ -81,8 +83,16 @@ def _files_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if is_image_name(entry.name) and entry.is_file()]
+        names = [entry.name for entry in entries if is_image_name(entry.name) and _is_file(entry)]
     return [folder / name for name in sorted(names)]
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file, or what cannot even be asked, such as a link to itself, and is to be named."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return True
 
 
 def _folders_in(folder: Path) -> list[Path]:
@@ -118,8 +128,9 @@ def _masks_by_stem(mask_dir: Path, image_stems: set[str]) -> dict[str, list[Path
 def _matched(images: Sequence[Path], masks: Mapping[str, list[Path]]) -> list[Files]:
     first = {stem_of(path): path for path in reversed(images)}  # of images of one stem the first gets the masks
     match = {stem: [stem] for stem in first.keys() & masks.keys()}
-    match |= _by_beginning(*_unmatched(first, masks, match))
-    match |= _by_words(*_unmatched(first, masks, match), _signs(first, masks), _signs(masks, first))
+    if ONE_IN * len(match) < min(len(first), len(masks)):
+        match |= _by_beginning(*_unmatched(first, masks, match))
+        match |= _by_words(*_unmatched(first, masks, match), _signs(first, masks), _signs(masks, first))
     masks_of = {first[stem]: [path for mask in found for path in masks[mask]] for stem, found in match.items()}
     used = {mask for found in match.values() for mask in found}
     files = [Files(path, tuple(masks_of.get(path, ()))) for path in images]

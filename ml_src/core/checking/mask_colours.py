@@ -12,12 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_src.core.checking.mask_values import class_dtype
+from ml_src.core.data.headers import read_header
 from ml_src.core.errors import DataError
 
 Colour = tuple[int, int, int]
 
+EXPORT_AGAIN = "export the masks again as PNG, from the source"
 MOST_PROPOSED = 32
 HIGHEST_CLASS = 65535
+# Of more colours than can be proposed, those that so large a share of the pixels has are classes, if they differ from
+# each commoner one by so much in red, green or blue; the others are blends, or traces of compression.
+COMMON_COLOUR, LEAST_APART = 0.005, 32
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class ColourMap:
     def classes_of(self, pixels: NDArray[Any], path: Path) -> NDArray[np.uint8 | np.uint16]:
         """Return the classes, (H, W), of colours (H, W, 3) or of gray (H, W, 1).
 
+        A colour that the table has not is never given the class of the nearest: where JPEG blends two colours, the
+        nearest may be a third.
         Raises: DataError that names the commonest colour which the table has not.
         """
         keys = np.array(sorted(_packed(np.array(list(self.classes)))), np.uint64)
@@ -38,6 +45,11 @@ class ColourMap:
         places = np.searchsorted(keys, packed).clip(max=len(keys) - 1)
         unknown = packed[keys[places] != packed]
         if unknown.size:
+            if path.exists() and read_header(path).lossy:
+                raise DataError(
+                    f"{path} has {unknown.size} pixels of colours that {self.table} does not list, for compression has "
+                    f"changed them: {EXPORT_AGAIN}"
+                )
             found, counts = np.unique(unknown, return_counts=True)
             colour = ",".join(map(str, _unpacked(found[counts.argmax()])))
             others = f" and of others, {unknown.size} in all" if len(found) > 1 else ""
@@ -66,11 +78,25 @@ def _unpacked(key: int | np.uint64) -> Colour:
 
 
 def proposed_table(colours: Counter[Colour]) -> list[str]:
-    """Return the lines of a table that a user can save and edit: black is class 0, then the commonest first."""
-    order = [colour for colour, _ in colours.most_common(MOST_PROPOSED)]
+    """Return the lines of a table that a user can save and edit: black is class 0, then the commonest first.
+
+    Of very many colours only those are proposed that can be classes: the common ones that are well apart.
+    """
+    order = [colour for colour, _ in colours.most_common()] if len(colours) <= MOST_PROPOSED else _apart(colours)
     if (0, 0, 0) in colours:
         order = [(0, 0, 0), *(colour for colour in order if colour != (0, 0, 0))]
     return ["r,g,b,class", *(f"{r},{g},{b},{index}" for index, (r, g, b) in enumerate(order[:MOST_PROPOSED]))]
+
+
+def _apart(colours: Counter[Colour]) -> list[Colour]:
+    """Return the common colours, the commonest first, that are no shades of a commoner one."""
+    least, depth = COMMON_COLOUR * colours.total(), 257 if max(map(max, colours)) > 255 else 1
+    chosen: list[Colour] = []
+    for colour, pixels in colours.most_common(round(1 / COMMON_COLOUR)):  # no more can be common
+        apart = (max(abs(one - other) for one, other in zip(colour, known, strict=True)) for known in chosen)
+        if pixels >= least and all(distance >= LEAST_APART * depth for distance in apart):
+            chosen.append(colour)
+    return chosen
 
 
 def read_colours(path: Path) -> ColourMap:

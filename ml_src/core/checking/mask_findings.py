@@ -1,11 +1,17 @@
-"""What is wrong with the masks, by their format; of each mask the first thing. Next to read: `value_findings.py`."""
+"""What is wrong with the masks, by their format; of each mask the first thing. Next to read: `value_findings.py`.
+
+Whether an alpha channel hides something, and whether pages are classes, is asked of the files again: such are few.
+"""
 
 from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
 
 from ml_src.core.checking.inspection import MOST_VALUES, MaskLook
 from ml_src.core.checking.kinds import FIX, Finding, of_files
-from ml_src.core.checking.mask_colours import proposed_table
+from ml_src.core.checking.mask_colours import EXPORT_AGAIN, proposed_table
 from ml_src.core.checking.mask_values import shown
+from ml_src.core.checking.stored import read_stored
 from ml_src.core.checking.value_findings import (
     COMMON_SHARE,
     MOST_CERTAIN,
@@ -33,6 +39,8 @@ def mask_findings(masks: Masks, num_classes: int | None) -> list[Finding]:
         masks: one for each image; masks that are still to be merged say nothing about classes.
         num_classes: None where it is not known.
     """
+    transparent = _questions_of_alpha(masks)
+    masks = [mask for mask in masks if mask.path not in transparent]
     groups: dict[str, list[MaskLook]] = {}
     for mask in masks:
         if mask.header is not None and mask.problem is None:
@@ -40,7 +48,7 @@ def mask_findings(masks: Masks, num_classes: int | None) -> list[Finding]:
     fix = _fix_of([mask for mask in masks if mask.values or _is_gray(mask)], num_classes)
     found = [finding for name, judge in JUDGES.items() if name in groups for finding in judge(groups[name], fix)]
     indices = groups.get("indices", [])
-    return found + value_findings(indices, num_classes, fix) + _formats(indices)
+    return _transparent(transparent) + found + value_findings(indices, num_classes, fix) + _formats(indices)
 
 
 def _fix_of(masks: Masks, num_classes: int | None) -> str:
@@ -69,6 +77,17 @@ def _group(mask: MaskLook, header: Header) -> str:
     return next((name for name, true in cases.items() if true), "indices")
 
 
+def open_question(path: Path) -> str | None:
+    """Return why --fix refuses a mask whatever the others hold, as what completes "<path> ..."; None where it does not.
+
+    Reads the whole file.
+    """
+    try:
+        return None if read_stored(path).kind else ""
+    except DataError as error:
+        return str(error).removeprefix(f"{path} ")
+
+
 def _is_gray(mask: MaskLook) -> bool:
     return bool(mask.colours) and all(len(set(colour)) == 1 for colour in mask.colours)
 
@@ -79,11 +98,28 @@ def _some_of(masks: Masks) -> str:
     return f"up to {most} different values" if most > MOST_VALUES else some(counts_of(masks))
 
 
+def _questions_of_alpha(masks: Masks) -> dict[Path, str]:
+    """Return what is asked of the masks that are transparent somewhere."""
+    alpha = [
+        mask.path
+        for mask in masks
+        if mask.header is not None and mask.problem is None and mask.header.number == "uint"
+        and len(mask.header.alphas) == 1 and mask.header.colours in (1, 3)
+    ]  # fmt: skip
+    return {path: question for path in alpha if (question := open_question(path)) is not None}
+
+
+def _transparent(each: Mapping[Path, str]) -> list[Finding]:
+    remedy = "paint what is transparent in the colour of its class, and save without transparency"
+    together = f"are transparent in some pixels, which then have no class: {remedy}"
+    return of_files("transparent_mask", "error", "mask", each, together, remedy)
+
+
 def _jpegs(masks: Masks, fix: str) -> list[Finding]:
     gray = all(mask.values or _is_gray(mask) for mask in masks)
     noun = "values" if gray else "colours"
-    remedy = f"export them as PNG from the source, or run {FIX}, which takes the nearest class"
-    remedy = remedy if gray and fix == FIX else "export them as PNG from the source"
+    remedy = f"{EXPORT_AGAIN}, or run {FIX}, which takes the nearest class" if gray and fix == FIX else EXPORT_AGAIN
+    fix = fix if gray else EXPORT_AGAIN
     why = "whose compression has changed the class indices"
     each = {mask.path: f"is a JPEG, {why} ({mask.num_distinct} {noun} now): {remedy}" for mask in masks}
     most = max(mask.num_distinct for mask in masks)
@@ -95,7 +131,10 @@ def _colours(masks: Masks, _: str) -> list[Finding]:
     colours: Counter[Colour] = Counter()
     for mask in masks:
         colours.update(mask.colours)
-    common = Counter({colour: n for colour, n in colours.items() if n >= COMMON_SHARE * colours.total()})
+    least = COMMON_SHARE * colours.total()
+    common = Counter({colour: n for colour, n in colours.items() if n >= least})
+    if len(colours) > MOST_CLASSES and not common:
+        return _photos(masks, len(colours))
     if len(colours) > MOST_CLASSES and len(common) < len(colours) / 2:
         remedy = "export them again without smoothing (anti-aliasing), resizing or compression"
         blends = f"a few common ones, {_shares(common, colours, MOST_CERTAIN)}, and blends of them: {remedy}"
@@ -111,9 +150,17 @@ def _colours(masks: Masks, _: str) -> list[Finding]:
     return of_files("colour_mask", "error", "mask", each, together, command, table)
 
 
+def _photos(masks: Masks, num_colours: int) -> list[Finding]:
+    remedy = "put the masks here, as class indices"
+    reason = f"of which none is common, as photos have and masks have not: {remedy}"
+    each = {mask.path: f"holds {mask.num_distinct} colours, {reason}" for mask in masks}
+    return of_files("blended_mask", "error", "mask", each, f"hold {num_colours} colours, {reason}", remedy)
+
+
 def _shares(colours: Counter[Colour], of: Counter[Colour], most: int = NUM_LISTED) -> str:
     """Say which colours there are, as r,g,b, and their shares of the pixels."""
-    words = [f"{','.join(map(str, c))} ({100 * n / of.total():.2g} %)" for c, n in colours.most_common()]
+    total = of.total()
+    words = [f"{','.join(map(str, c))} ({100 * n / total:.2g} %)" for c, n in colours.most_common()]
     return listed(words, most)
 
 

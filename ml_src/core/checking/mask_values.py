@@ -5,14 +5,15 @@ Next to read: `mask_colours.py`, the same for colours; `repair.py`, which reads 
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
 from math import isnan
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ml_src.core.checking.tallies import MOST_CLASSES_WITH_GAPS, Tally
 from ml_src.core.data.checks import UNLABELLED
 from ml_src.core.data.files import listed
 from ml_src.core.errors import DataError
@@ -21,13 +22,13 @@ from ml_src.core.errors import DataError
 CLEAN_SHARE, MOST_CLEAN = 0.98, 16
 # Values between clean ones are blends where they are more than so many for each clean one, else they may be classes.
 BLENDS_EACH = 4
-# Of more different values with gaps nobody can say that each is a class.
-MOST_CLASSES_WITH_GAPS = 64
+# Values that a class has, and no blend, have at least so large a share of their pixels among eight of their own.
+REGION_SHARE = 0.01
+# So many values, evenly spaced, may be blends of two: halving the size of a mask makes 0, 64, 128, 191, 255.
+FEWEST_EVEN_BLENDS = 5
 # JPEG moves a value by less than this where all pixels kept one of few values.
 LOSSY_GAP = 16
 FULL_SCALES = (1.0, 255.0, 65535.0)
-# Of each mask, and of the set, at most so many different values are kept, the commonest: floats may have millions.
-MOST_KEPT = 1 << 16
 
 
 def class_dtype(highest: int) -> type[np.uint8 | np.uint16]:
@@ -85,47 +86,6 @@ class ValueMap:
         return int((~np.isin(pixels, np.array(self.values)) & ~self._is_unlabelled(pixels)).sum())
 
 
-@dataclass
-class Tally:
-    """What values a set of masks holds: pixels per finite value, and what its files say of themselves."""
-
-    counts: Counter[float] = field(default_factory=Counter)
-    num_pixels: int = 0
-    num_not_finite: int = 0
-    nodata: set[float] = field(default_factory=set)
-    lossy: bool = False
-
-    def add(self, other: "Tally") -> None:
-        """Take in another mask."""
-        self.counts.update(other.counts)
-        if len(self.counts) > 4 * MOST_KEPT:
-            self.counts = _commonest(self.counts)
-        self.num_pixels += other.num_pixels
-        self.num_not_finite += other.num_not_finite
-        self.nodata |= other.nodata
-        self.lossy |= other.lossy
-
-    @property
-    def common(self) -> tuple[float, ...]:
-        """The values that at least a hundredth of the pixels have, ascending."""
-        return tuple(sorted(value for value, pixels in self.counts.items() if 100 * pixels >= self.num_pixels))
-
-
-def tally_of(plane: NDArray[Any], nodata: float | None = None, lossy: bool = False) -> Tally:
-    """Count the values of one mask, (H, W)."""
-    finite = plane[np.isfinite(plane)] if plane.dtype.kind == "f" else plane
-    values, pixels = np.unique(finite, return_counts=True)
-    counts = Counter(dict(zip(values.astype(float).tolist(), pixels.tolist(), strict=True)))
-    kept = _commonest(counts) if len(counts) > MOST_KEPT else counts
-    return Tally(kept, plane.size, plane.size - finite.size, set() if nodata is None else {nodata}, lossy)
-
-
-def _commonest(counts: Counter[float]) -> Counter[float]:
-    """Keep the commonest values, and the ends."""
-    ends = {value: counts[value] for value in (min(counts), max(counts))}
-    return Counter(dict(counts.most_common(MOST_KEPT)) | ends)
-
-
 def shown(value: float) -> str:
     """A number without needless digits."""
     return f"{value:.0f}" if float(value).is_integer() else f"{value:g}"
@@ -139,9 +99,10 @@ def plan_values(tally: Tally, num_classes: int | None = None) -> ValueMap:
         num_classes: how many classes there are, where that is known; class indices below it are then left alone.
 
     -1, and a "no data" that cannot be a class, is unlabelled. Values 0..k are classes already, 255 beside them is
-    unlabelled. Two values, evenly stretched ones (0, 127, 255) and a few with gaps become 0..n-1 in ascending order.
-    Where at least 98 % of the pixels have one of at most 16 values, and others, more than four times as many, lie
-    between any two of them, these are blends from smoothing or compression and take the nearest; likewise where 98 %
+    unlabelled. Two values, evenly stretched ones (0, 127, 255) and a few with gaps become 0..n-1 in ascending order;
+    but of five and more all between the ends must fill regions, else they may be blends at borders. Where at least
+    98 % of the pixels have one of at most 16 values, and others, more than four times as many, lie between any two of
+    them and fill no regions, these are blends from smoothing or compression and take the nearest; likewise where 98 %
     of the pixels scatter in the lowest and the highest eighth of 0..255.
     Raises: DataError with the question that must be answered first.
     """
@@ -238,6 +199,38 @@ class _Values:
         return tuple(few) if apart and _least_gap(places) > 1 else ()
 
     @property
+    def regions(self) -> set[float]:
+        """The values that fill regions, as no blend at a border does."""
+        compact = self.tally.compact
+        return {value for value, pixels in self.counts.items() if compact[value] >= max(1, REGION_SHARE * pixels)}
+
+    @property
+    def solid(self) -> bool:
+        """Whether none can be a blend: all between the ends fill regions, or they are few and none is rare."""
+        few = len(self.values) < FEWEST_EVEN_BLENDS and not self.clean
+        return few or self.regions >= set(self.values[1:-1])
+
+    @property
+    def pure(self) -> tuple[float, ...]:
+        """The clean values, if between the ends just these fill regions, or all was compressed with loss; else ()."""
+        ends = {self.values[0], self.values[-1]}
+        return self.clean if self.tally.lossy or self.regions | ends == set(self.clean) else ()
+
+    @property
+    def filling(self) -> tuple[float, ...]:
+        """Those of five to 64 values that fill regions, if the ends do; else ()."""
+        regions = tuple(sorted(self.regions))
+        few = FEWEST_EVEN_BLENDS <= len(self.values) <= MOST_CLASSES_WITH_GAPS
+        return regions if few and {self.values[0], self.values[-1]} <= set(regions) else ()
+
+    @property
+    def odd(self) -> tuple[float, ...]:
+        """The labels beyond 0, 1, ... or 1, 2, ..., where at least two are such; else ()."""
+        first = self.values[0]
+        run = list(takewhile(lambda pair: pair[1] == first + pair[0], enumerate(self.labels)))
+        return self.labels[len(run) :] if first in (0, 1) and len(run) > 1 else ()
+
+    @property
     def unharmed(self) -> bool:
         """Whether a compression that loses detail cannot have made one of them into another."""
         return not self.tally.lossy or _least_gap(self.values) >= LOSSY_GAP
@@ -255,15 +248,16 @@ class _Values:
         low, high = ([value for value in self.values if a <= value <= b] for a, b in ((0, 31), (224, 255)))
         scattered = self.tally.lossy or min(len(low), len(high)) > 2
         near = sum(self.counts[value] for value in (*low, *high))
-        return bool(scattered and low and high and near >= CLEAN_SHARE * self.num_labelled)
+        between = self.regions - {*low, *high}
+        return bool(scattered and low and high and not between and near >= CLEAN_SHARE * self.num_labelled)
 
     @property
     def blended(self) -> tuple[float, ...]:
         """The clean values where the others are evidently blends of them; else ()."""
-        clean = self.clean
         if self.two_ends:
-            return (0.0, 255.0) if clean in ((), (0.0, 255.0)) else ()
-        return clean if self.tally.lossy or len(self.values) - len(clean) > BLENDS_EACH * len(clean) else ()
+            return (0.0, 255.0) if self.clean in ((), (0.0, 255.0)) else ()
+        pure = self.pure
+        return pure if self.tally.lossy or len(self.values) - len(pure) > BLENDS_EACH * len(pure) else ()
 
     def in_order(self, values: tuple[float, ...] | None = None, blends: bool = False) -> ValueMap:
         kept = self.values if values is None else values
@@ -298,37 +292,53 @@ def _plan_unknown(found: _Values, _: int) -> ValueMap:
         if len(values) < 256 or not found.with_255:
             return found.as_they_are()
         raise _threshold(found)
-    if found.stretched and not found.clean:
+    if found.stretched and found.solid:
         return found.in_order()
-    if blended and not found.stretched:
+    if blended:
         return found.in_order(blended, blends=True)
-    if found.clean:
+    if found.clean and not found.solid:
         raise _classes_or_blends(found)
-    if not found.whole or len(values) > MOST_CLASSES_WITH_GAPS:
+    if not (found.whole or found.stretched) or len(values) > MOST_CLASSES_WITH_GAPS:
         raise _threshold(found)
+    if not found.solid:
+        raise _classes_or_blends(found)
     if found.with_255:
         raise _both_meanings(found)
+    _require_no_stray(found)
     return found.in_order()
 
 
 def _plan_known(found: _Values, num_classes: int) -> ValueMap:
     """With the number of classes, which decides where the values alone do not."""
-    values, blended = found.values, found.blended or found.clean
+    values, blended = found.values, found.blended or found.pure or found.filling
     legal = found.whole and not found.tally.lossy and bool(found.labels) and found.labels[-1] < num_classes
     whole_set = len(values) == num_classes
-    if whole_set and found.unharmed and (not legal or not found.with_255 or len(found.labels) == 1):
+    if whole_set and found.unharmed and not found.odd and (not legal or not found.with_255 or len(found.labels) == 1):
         return found.in_order()
     if legal and not whole_set and (not found.with_255 or len(found.labels) > 1):
         return found.as_they_are()
     if blended and len(blended) == num_classes:
         return found.in_order(blended, blends=True)
-    if found.with_255 and len(found.labels) == num_classes and not found.stretched and not found.tally.lossy:
+    renumbered = len(found.labels) == num_classes and not found.stretched and not found.odd
+    if found.with_255 and renumbered and not found.tally.lossy:
         first = found.in_order(found.labels)
         return ValueMap(first.values, first.classes, (float(UNLABELLED),))
     raise DataError(
         f"the masks hold {len(values)} values ({_some(values)}) but there are {num_classes} classes: which value is "
         "which class? Save class indices, or correct the number of classes (one line each in classes.txt)"
     )
+
+
+def _require_no_stray(found: _Values) -> None:
+    """Refuse to make a class of a value that few masks hold beside classes that are numbered well."""
+    holders, num_masks = found.tally.holders, found.tally.num_masks
+    rare = [value for value in found.odd if 2 * holders[value] < num_masks]
+    if rare:
+        raise DataError(
+            f"only {max(holders[value] for value in rare)} of the {num_masks} masks hold {_some(rare)} beside the "
+            f"values {_some([value for value in found.values if value not in rare])}: is that a class, or a mistake? "
+            "Correct these masks, or write one class name a line into classes.txt, unused numbers included"
+        )
 
 
 def _some(values: Sequence[float]) -> str:
@@ -350,7 +360,7 @@ def _threshold(found: _Values) -> DataError:
 
 
 def _classes_or_blends(found: _Values) -> DataError:
-    clean = found.clean
+    clean = sorted({found.values[0], found.values[-1]} | found.regions)
     rare = [value for value in found.values if value not in clean]
     share = 100 * sum(found.counts[value] for value in rare) / found.num_labelled
     return DataError(

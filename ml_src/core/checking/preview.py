@@ -20,6 +20,7 @@ from ml_src.core.data.files import Pair, find_pairs
 from ml_src.core.data.segmentation import Sample, SampleKey, SegmentationDataset
 from ml_src.core.data.splits import existing_files, read_split
 from ml_src.core.data.statistics import channel_moments, normalisation
+from ml_src.core.errors import ConfigError
 from ml_src.core.pictures import Image, as_rgb, overlay, palette
 from ml_src.core.progress import progress_bar
 from ml_src.core.transforms import build_transforms
@@ -57,7 +58,7 @@ def write_preview(config_path: Path, data_dir: Path | None, output: Path) -> Pat
         config_path: the YAML file whose transforms, seed, fold and classes count.
         data_dir: takes the place of `data.data_dir` where given. Where it has not been split yet, all of its pairs
             are taken for training images.
-        output: of the PNG; at most 4 MB.
+        output: of the PNG, at most 4 MB; it replaces an older sheet, but never lies among the images or masks.
 
     Every sample is drawn as training draws it, with the same seed; a size that `random_resize_crop` draws for a whole
     step is that of the epoch's first step. Pixels are shown before the normalisation.
@@ -67,6 +68,7 @@ def write_preview(config_path: Path, data_dir: Path | None, output: Path) -> Pat
     """
     config = load_config(config_path, {} if data_dir is None else {"data.data_dir": str(data_dir)})
     pairs, source = _training_pairs(config)
+    _require_apart(output, Path(config.data.data_dir), pairs)
     if config.needs_statistics:
         with progress_bar("reading images for their statistics", len(pairs)) as advance:
             moments, dtype = channel_moments([pair.image for pair in pairs], config.model.in_channels, advance)
@@ -86,6 +88,17 @@ def write_preview(config_path: Path, data_dir: Path | None, output: Path) -> Pat
     with replacing(output) as target:
         target.write(file.getvalue())
     return output
+
+
+def _require_apart(output: Path, data_dir: Path, pairs: Sequence[Pair]) -> None:
+    """Raise a ConfigError where the sheet would have another ending than .png, or lie among the data."""
+    if output.suffix.lower() != ".png":
+        raise ConfigError(f"--output {output}: the sheet of --preview is a PNG: give a name that ends in .png")
+    folders = {data_dir / "images", data_dir / "masks"}
+    folders |= {path.parent for pair in pairs for path in (pair.image, pair.mask)}
+    inside = output.resolve().parents
+    if among := next((folder for folder in sorted(folders) if folder.resolve() in inside), None):
+        raise ConfigError(f"--output {output} lies in {among}, among the data: give a name elsewhere")
 
 
 def _training_pairs(config: Config) -> tuple[Sequence[Pair], str]:

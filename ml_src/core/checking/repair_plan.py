@@ -15,9 +15,11 @@ import numpy as np
 
 from ml_src.core.checking.conversions import BACKGROUND, ByChannel, ByColour, ByFolder, ByValue, Conversion, Union
 from ml_src.core.checking.inspection import ImageLook, Look, MaskLook
-from ml_src.core.checking.mask_colours import Colour, ColourMap, colours_of, proposed_table
-from ml_src.core.checking.mask_values import Tally, ValueMap, plan_values, shown, tally_of
+from ml_src.core.checking.mask_colours import EXPORT_AGAIN, Colour, ColourMap, colours_of, proposed_table
+from ml_src.core.checking.mask_values import ValueMap, plan_values, shown
 from ml_src.core.checking.stored import Kind, Stored, read_stored
+from ml_src.core.checking.tallies import MOST_CLASSES_WITH_GAPS, Tally, tally_of
+from ml_src.core.data.checks import UNLABELLED
 from ml_src.core.data.files import listed, stem_of, upright
 from ml_src.core.data.headers import Header
 from ml_src.core.errors import DataError
@@ -173,8 +175,43 @@ def _facts(job: Job) -> _Facts | DataError:
     except DataError as error:
         return error
     single = kind in ("values", "gray")
-    tally = tally_of(stored.samples[:, :, 0], stored.nodata, stored.header.lossy) if single else Tally()
+    lossy = stored.header.lossy
+    tally = tally_of(stored.samples[:, :, 0], stored.nodata, lossy) if single else Tally(lossy=lossy)
     return _Facts(kind, stored.samples.shape[2], tally, colours_of(stored.samples) if kind == "colours" else Counter())
+
+
+def _telling(tally: Tally) -> tuple[float, ...]:
+    """Return values that are not all of one class: the lowest and highest, or of a lossy file the common ones.
+
+    Three of each end, for some may be unlabelled.
+    """
+    values = sorted(tally.counts)
+    if not tally.lossy:
+        return tuple(dict.fromkeys([*values[:3], *values[-3:]]))
+    return tally.common if len(tally.common) > 1 else ()
+
+
+def _linked(sets: Sequence[frozenset[float]]) -> list[frozenset[float]]:
+    """Join sets that share a value, until none do."""
+    groups: list[frozenset[float]] = []
+    for values in sets:
+        touching = [group for group in groups if group & values]
+        groups = [group for group in groups if not group & values] + [values.union(*touching)]
+    return groups
+
+
+def _require_legal(table: ColourMap, num_classes: int | None) -> None:
+    """Refuse a table of colours with more classes than there are."""
+    odd = sorted({index for index in table.classes.values() if index >= (num_classes or index + 1)} - {UNLABELLED})
+    if odd:
+        raise Question(
+            f"{table.table} lists the classes {listed(odd, 5)} but there are {num_classes}, 0 to {num_classes}-1: "
+            "correct the table, or the number of classes (one line each in classes.txt)"
+        )
+
+
+def _some(values: Sequence[float]) -> str:
+    return f"the value{'s' * (len(values) > 1)} {listed([shown(value) for value in values], 5)}"
 
 
 class _Survey:
@@ -187,7 +224,8 @@ class _Survey:
         self.colours: Counter[Colour] = Counter()
         self.kinds: Counter[str] = Counter()
         self.richest = 0, Path()  # how many values, and in which mask
-        self.common: list[tuple[Path, tuple[float, ...]]] = []  # of each mask, the values of a good part of it
+        self.telling: list[tuple[Path, tuple[float, ...]]] = []  # of each mask, the values that may not become one
+        self.holdings: dict[frozenset[float], Path] = {}  # the values of masks that have few, and one such mask
         for job, facts in zip(jobs, in_threads(_facts, jobs), strict=True):
             if isinstance(facts, DataError):
                 self.refusals[job.sources[0]] = str(facts)
@@ -198,7 +236,9 @@ class _Survey:
     def _add(self, path: Path, facts: _Facts) -> None:
         words = {"one-hot": f"{facts.channels} channels of which each pixel has one", "colours": "colours"}
         self.kinds[words.get(facts.kind, "one value a pixel")] += 1
-        self.common.append((path, facts.tally.common))
+        self.telling.append((path, _telling(facts.tally)))
+        if len(facts.tally.counts) <= MOST_CLASSES_WITH_GAPS:
+            self.holdings.setdefault(frozenset(facts.tally.counts), path)
         self.tally.add(facts.tally)
         self.colours.update(facts.colours)
         if len(self.colours) > 4 * MOST_COLOURS:
@@ -213,6 +253,7 @@ class _Survey:
         if by_channel:
             return ByChannel()
         if table is not None:
+            _require_legal(table, num_classes)
             return ByColour(table)
         if self.colours:
             raise self._colour_question()
@@ -221,21 +262,42 @@ class _Survey:
         except DataError as error:
             raise Question(str(error), [f"for example {self.richest[1]}"]) from error
         self._require_kept(chosen)
+        self._require_one_code(chosen, num_classes)
         return ByValue(chosen)
 
     def _require_kept(self, chosen: ValueMap) -> None:
         """Refuse to make one class of all that a mask tells apart: beside masks of 0..255, class 1 is no shade of 0."""
-        for path, values in self.common if chosen.blends else []:
-            classes = set(chosen.classes_of(np.array(values)).tolist())
-            if len(values) > 1 and len(classes) == 1:
+        for path, values in self.telling if chosen.blends else []:
+            labels = [value for value in values if value not in chosen.unlabelled]
+            classes = set(chosen.classes_of(np.array(labels)).tolist())
+            if len(classes) == 1 and not set(labels) <= set(chosen.values):
                 raise Question(
-                    f"{path} holds the values {listed([shown(value) for value in values], 5)}, which would all become "
+                    f"{path} holds {_some(labels)}, which would all become "
                     f"class {classes.pop()} beside the others: are they classes already? Save all masks alike"
                 )
+
+    def _require_one_code(self, chosen: ValueMap, num_classes: int | None) -> None:
+        """Refuse where one mask may say 255 for what another says 1: no mask holds both, so nobody can tell."""
+        apart = UNLABELLED in chosen.unlabelled and set(chosen.values) <= {0, 1}
+        own_classes = not chosen.identity and len(chosen.values) != num_classes and UNLABELLED not in chosen.unlabelled
+        if chosen.blends or not (apart or own_classes):
+            return
+        kept = {*chosen.values, UNLABELLED} - {0}
+        objects = {values & kept: path for values, path in self.holdings.items() if values & kept}
+        first, *rest = _linked(list(objects))
+        if rest:
+            one, other = (next(values for values in objects if values <= group) for group in (first, rest[0]))
+            raise Question(
+                f"{objects[one]} holds {_some(sorted(one))} and {objects[other]} {_some(sorted(other))}, and no mask "
+                "both: do they mean the same class? Save all masks alike; if they are classes of their own, save class "
+                "indices 0, 1, 2, ..."
+            )
 
     def _colour_question(self) -> Question:
         shades = {(int(value),) * 3: pixels for value, pixels in self.tally.counts.items() if value.is_integer()}
         colours = self.colours + Counter(shades)
+        if self.tally.lossy:
+            return Question(f"compression has changed the colours of the masks, {len(colours)} now: {EXPORT_AGAIN}")
         lines = proposed_table(colours)
         if (more := len(colours) - len(lines) + 1) > 0:
             lines.append(f"{more} rarer colours are left out; blends and traces of JPEG are no classes")

@@ -113,7 +113,7 @@ def _plural(number: int, word: str) -> str:
     return f"{number} {word}{'s' * (number != 1)}"
 
 
-def _shown(text: object) -> str:
+def printable(text: object) -> str:
     """Spell out what has no glyph: names of files may hold control characters, and bytes that are no text."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in str(text))
 
@@ -142,21 +142,21 @@ def print_report(findings: Sequence[Finding], num_pairs: int) -> None:
         for title in ("finding", "what to do") if beside else ("finding, and what to do",):
             table.add_column(title, overflow="fold")
         for group in groups_of(findings):
-            words = [_shown(group.title), _shown(group.remedy)]
+            words = [printable(group.title), printable(group.remedy)]
             cells = words if beside else ["\n".join(words)]
             severity = Text(group.severity, STYLES[group.severity])
             table.add_row(severity, Text(str(group.num_files or "-")), *map(Text, cells))
         console.print(table)
         for group in groups_of(findings):
             if group.details:
-                print(f"\n{_shown(group.title)}:", *map(_shown, group.details), sep="\n  ")
+                print(f"\n{printable(group.title)}:", *map(printable, group.details), sep="\n  ")
     worst = [(path, found) for path, found in worst_files(findings) if found[0].severity != "note"]
     if worst:
         print(f"\nthe worst {NUM_WORST} of {len(worst)} files:" if len(worst) > NUM_WORST else "\nfiles, worst first:")
         for path, found in worst[:NUM_WORST]:
             sentence = found[0].message if str(path) in found[0].message else f"{path}: {found[0].message}"
             others = f" (and {_counted(found[1:])})" if len(found) > 1 else ""
-            print(fill(_shown(sentence) + others, console.width, initial_indent="- ", subsequent_indent="  "))
+            print(fill(printable(sentence) + others, console.width, initial_indent="- ", subsequent_indent="  "))
         print()
     print(fill(f"{_plural(num_pairs, 'pair')}: {_counted(findings)}", console.width))
 
@@ -332,7 +332,7 @@ def html_page(findings: Sequence[Finding], looks: Sequence[Look], data_dir: Path
 
 
 def _text(value: object) -> str:
-    return escape(_shown(value))
+    return escape(printable(value))
 
 
 def _size_of_set(looks: Sequence[Look]) -> str:

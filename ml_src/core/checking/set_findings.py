@@ -20,6 +20,10 @@ from ml_src.core.data.splits import GROUPS, existing_files, groups_from_csv
 from ml_src.core.errors import DataError
 
 FOLDS = 5  # of ml-split, unless told otherwise
+ONE_CLASS = (
+    "the masks know one class only, 0, but a network learns to tell classes apart: draw a second one into the masks, "
+    "or name the classes in classes.txt, one a line, if it is only missing here"
+)
 TOGETHER = "keep them in one part by ml-split --groups"
 
 
@@ -77,10 +81,16 @@ def _constant(paths: Sequence[Path]) -> list[Finding]:
 def class_findings(
     masks: Sequence[MaskLook], names: Sequence[str] | None, num_classes: int | None, num_folds: int
 ) -> list[Finding]:
-    """Name classes that no mask has, and those that too few have for every fold to be measured on them."""
+    """Name classes that no mask has, and those that too few have for every fold to be measured on them.
+
+    Where the number of classes is not known, gaps between several values are the matter of `value_findings.py`.
+    """
     images = Counter(int(value) for mask in masks for value in mask.values)  # how many have it
     unlabelled = unlabelled_value(images.keys(), names) if images else None
-    classes = [value for value in (range(num_classes) if num_classes else sorted(images)) if value != unlabelled]
+    found_classes = sorted(images.keys() - {unlabelled})
+    lone = num_classes is None and len(found_classes) == 1
+    expected = range(num_classes) if num_classes else range(found_classes[0] + 1) if lone else found_classes
+    classes = [value for value in expected if value != unlabelled]
 
     def label(value: int) -> str:
         return f"{value} ({names[value]})" if names and value < len(names) else str(value)
@@ -103,6 +113,13 @@ def class_findings(
         remedy = "some folds cannot measure such a class; add images, or give ml-split fewer --folds and --stratified"
         found.append(of_set("rare_class", "warning", f"{what} ({num_folds}), class {listed(rare)}: {remedy}"))
     return found
+
+
+def one_class(masks: Sequence[MaskLook], num_classes: int | None) -> list[Finding]:
+    """Name it where there is no second class to learn: by the masks, or by classes.txt where that counts them."""
+    values = {int(value) for mask in masks for value in mask.values}
+    only = num_classes == 1 or (num_classes is None and values == {0})
+    return [of_set("one_class", "error", ONE_CLASS)] if only else []
 
 
 # Splits

@@ -11,7 +11,8 @@ from itertools import takewhile
 
 from ml_src.core.checking.inspection import MaskLook
 from ml_src.core.checking.kinds import FIX, Finding, Severity, of_files
-from ml_src.core.checking.mask_values import Tally, ValueMap, plan_values, shown
+from ml_src.core.checking.mask_values import ValueMap, plan_values, shown
+from ml_src.core.checking.tallies import Tally
 from ml_src.core.data.checks import UNLABELLED
 from ml_src.core.data.files import listed
 from ml_src.core.errors import DataError
@@ -47,7 +48,13 @@ def planned(masks: Masks, num_classes: int | None) -> ValueMap:
     counts = Counter({float(value): pixels for value, pixels in counts_of(masks).items()})
     num_not_finite = sum(mask.num_not_finite for mask in masks)
     lossy = any(mask.header is not None and mask.header.lossy for mask in masks)
-    return plan_values(Tally(counts, counts.total() + num_not_finite, num_not_finite, lossy=lossy), num_classes)
+    compact: Counts = Counter()
+    for mask in masks:
+        compact.update(mask.compact)
+    holders = Counter(float(value) for mask in masks for value in counts_of([mask]))
+    num_pixels = counts.total() + num_not_finite
+    tally = Tally(counts, num_pixels, num_not_finite, set(), lossy, compact, holders, len(masks))
+    return plan_values(tally, num_classes)
 
 
 def some(values: Collection[float], noun: str = "value") -> str:
@@ -73,7 +80,7 @@ def value_findings(masks: Masks, num_classes: int | None, fix: str) -> list[Find
     """
     soft = [mask for mask in masks if _is_soft(mask, num_classes)]
     rest = [mask for mask in masks if mask.values and not _is_soft(mask, num_classes)]
-    return (_soft(soft, fix) if soft else []) + (_indices(rest, num_classes, fix) if rest else [])
+    return (_soft(soft, masks, num_classes, fix) if soft else []) + (_indices(rest, num_classes, fix) if rest else [])
 
 
 def _is_soft(mask: MaskLook, num_classes: int | None) -> bool:
@@ -81,7 +88,12 @@ def _is_soft(mask: MaskLook, num_classes: int | None) -> bool:
     return deep and bool(mask.values) and mask.num_distinct > MOST_CLASSES and max(mask.values) >= (num_classes or 0)
 
 
-def _soft(masks: Masks, fix: str) -> list[Finding]:
+def _soft(masks: Masks, whole: Masks, num_classes: int | None, fix: str) -> list[Finding]:
+    counts = counts_of(whole)
+    num_distinct = max(len(counts), *(mask.num_distinct for mask in masks))  # of very many, some were not kept
+    if num_classes is None and min(counts) == 0 and max(counts) < num_distinct:
+        return _many_classes(masks)
+
     def says(counts: Counts, number: int) -> str:
         dense = max(counts) - min(counts) < 2 * number
         what = "numbers of objects" if dense else "probabilities"
@@ -92,6 +104,19 @@ def _soft(masks: Masks, fix: str) -> list[Finding]:
     each = {mask.path: f"has {says(counts_of([mask]), mask.num_distinct)}" for mask in masks}
     together = f"have up to {says(counts_of(masks), max(mask.num_distinct for mask in masks))}"
     return of_files("soft_mask", "error", "mask", each, together, fix)
+
+
+def _many_classes(masks: Masks) -> list[Finding]:
+    """Warn of values 0 to k without gaps: they may be classes, but as often they are numbers of objects."""
+    values = counts_of(masks)
+    ask = (
+        f"from {shown(min(values))} to {shown(max(values))}, as numbers of objects have: are these "
+        "classes? Then write one class name a line into classes.txt, "
+        "else save the class of each object"
+    )
+    each = {mask.path: f"has {mask.num_distinct} different 16-bit values {ask}" for mask in masks}
+    together = f"have up to {max(mask.num_distinct for mask in masks)} different 16-bit values {ask}"
+    return of_files("soft_mask", "warning", "mask", each, together, ask)
 
 
 @dataclass(frozen=True)
@@ -207,7 +232,8 @@ def _is_blended(case: _Case) -> bool:
 
 
 def _common(counts: Counts) -> list[float]:
-    return sorted(value for value, pixels in counts.items() if pixels >= COMMON_SHARE * counts.total())
+    least = COMMON_SHARE * counts.total()
+    return sorted(value for value, pixels in counts.items() if pixels >= least)
 
 
 def _blended(case: _Case) -> list[Finding]:
@@ -252,7 +278,11 @@ def _gaps(case: _Case) -> list[Finding]:
     classes = [int(value) for value in case.values if value != UNLABELLED or case.plan is None]
     missing = sorted(set(range(classes[-1])) - set(classes))
     few_missing = len(missing) < len(classes) and case.num_classes is None and not case.others
-    if case.plan is None:
+    if case.plan is None and UNLABELLED not in classes:
+        reason = (
+            "but classes are counted 0, 1, 2, ...: correct the masks, or write one class name a line into classes.txt"
+        )
+    elif case.plan is None:
         reason = (
             f"but classes are counted 0, 1, 2, ..., and {UNLABELLED} may be a class or mark unlabelled pixels: write "
             "one class name a line into classes.txt"
@@ -264,7 +294,7 @@ def _gaps(case: _Case) -> list[Finding]:
         reason = f"{out}: {FIX} numbers them 0 to {len(classes) - 1} in this order"
         if case.num_classes is None:
             reason += f", else {classes[-1] + 1} classes are learned, {len(missing)} of them without a pixel"
-    severity: Severity = "warning" if few_missing and case.plan is not None else "error"
+    severity: Severity = "warning" if few_missing else "error"
     all_have = f"; all masks together {some(case.values)}"
     each = {
         mask.path: f"has {some(mask.values)}{all_have if len(mask.values) < len(case.values) else ''}, {reason}"
