@@ -133,7 +133,7 @@ def _preview(config_path: "Path", data_dir: "Path", output: str | None) -> int:
 
 
 def _say(lines: Sequence[str]) -> None:
-    from ml_src.core.checking.report import printable
+    from ml_src.core.checking.grouping import printable
 
     for line in lines:
         print(printable(line))

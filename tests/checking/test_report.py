@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.text import Text
 
-from ml_src.core.checking import report
+from ml_src.core.checking import page as page_module
+from ml_src.core.checking.grouping import groups_of, worst_files
 from ml_src.core.checking.inspection import Look, look
 from ml_src.core.checking.kinds import KINDS, SEVERITIES, Finding
-from ml_src.core.checking.report import groups_of, html_page, print_report, report_data, worst_files, write_report
+from ml_src.core.checking.page import html_page
+from ml_src.core.checking.report import print_report, report_data, write_report
 from ml_src.core.errors import ConfigError
 from ml_src.core.pictures import overlay, palette
 
@@ -334,8 +336,8 @@ def test_a_page_of_a_large_and_very_bad_data_set_stays_small(tmp_path):
 def test_of_a_scene_too_large_for_a_thumbnail_the_middle_is_shown(tmp_path, monkeypatch):
     import tifffile
 
-    monkeypatch.setattr(report, "MOST_PIXELS", 1 << 20)
-    monkeypatch.setattr(report, "MIDDLE_SIDE", 100)
+    monkeypatch.setattr(page_module, "MOST_PIXELS", 1 << 20)
+    monkeypatch.setattr(page_module, "MIDDLE_SIDE", 100)
     pixels = np.zeros((1200, 1300, 3), np.uint8)
     pixels[550:650, 600:700] = 200
     tifffile.imwrite(tmp_path / "tiled.tif", pixels, tile=(64, 64), photometric="rgb")
