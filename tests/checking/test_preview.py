@@ -224,4 +224,5 @@ def test_the_sheet_never_lies_among_masks_that_the_split_names(tmp_path):
 def test_a_sheet_takes_the_place_of_an_older_one(tmp_path):
     path = write_config(write_pairs(tmp_path / "set", 1, np.zeros((SIDE, SIDE), np.uint8)), [])
     (tmp_path / "sheet.png").write_bytes(b"older")
-    read_sheet(write_preview(path, None, tmp_path / "sheet.png"))
+    sheet = read_sheet(write_preview(path, None, tmp_path / "sheet.png"))
+    assert sheet.shape[0] > SIDE and sheet.shape[1] > 6 * SIDE

@@ -49,7 +49,7 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def source_of(pair: Pair) -> LargePair:
-    return LargePair(pair, 3, np.zeros(1), 255, with_masks=True)
+    return LargePair(pair, (SIDE, SIDE), 3, np.zeros(1), 255, with_masks=True)
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".png"])

@@ -66,8 +66,10 @@ class SegmentationDataset(Dataset[Sample]):
         """Return pair `index` as the transforms take it: read already, or, where it is large, part by part."""
         pair, ignore_index = self.pairs[index], self.transforms.ignore_index
         fill = np.asarray(self.transforms.mean)
-        if pair.image.suffix.lower() in (".tif", ".tiff") and image_info(pair.image).windowed:
-            return LargePair(pair, self.channels, fill, ignore_index, self.with_masks)
+        if pair.image.suffix.lower() in (".tif", ".tiff"):
+            info = image_info(pair.image)
+            if info.windowed:
+                return LargePair(pair, (info.height, info.width), self.channels, fill, ignore_index, self.with_masks)
         raster = read_image(pair.image, self.channels)
         mask = None
         if self.with_masks:
@@ -81,6 +83,7 @@ class LargePair:
 
     Args:
         pair: whose image can be read by windows; a mask that cannot be is decoded whole each time.
+        size: height and width of the image.
         channels: of the image, as `read_image` takes them.
         fill: what stands in for nodata, per channel or one for all; as shares of the full range.
         ignore_index: what the mask has there.
@@ -90,10 +93,15 @@ class LargePair:
     windowed = True
 
     def __init__(
-        self, pair: Pair, channels: int, fill: NDArray[np.float64], ignore_index: int, with_masks: bool
+        self,
+        pair: Pair,
+        size: tuple[int, int],
+        channels: int,
+        fill: NDArray[np.float64],
+        ignore_index: int,
+        with_masks: bool,
     ) -> None:
-        info = image_info(pair.image)
-        self.size = (info.height, info.width)
+        self.size = size
         self.pair, self.channels, self.fill, self.ignore_index = pair, channels, fill, ignore_index
         self.with_masks = with_masks
         if with_masks:
