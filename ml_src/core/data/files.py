@@ -169,7 +169,9 @@ def read_image(path: Path, channels: int | None = None, window: Window | None = 
             if header.geo:
                 pixels, missing = read_bands(path, part)
             else:
-                pixels = np.delete(_stored(image, header, part), header.alphas, axis=2)
+                pixels = _stored(image, header, part)
+                if header.alphas:
+                    pixels = np.delete(pixels, header.alphas, axis=2)
             pixels = _as_shown(pixels, image, header)
         pixels = _of_kept_dtype(pixels)
         if pixels.dtype == np.float32 and not np.isfinite(pixels).all():

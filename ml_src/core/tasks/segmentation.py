@@ -29,12 +29,13 @@ from ml_src.core.pictures import Image, side_by_side
 from ml_src.core.progress import progress_bar
 from ml_src.core.transform_specs import Resize
 from ml_src.core.transforms import Pipeline, build_transforms
+from ml_src.core.transforms.intensity import full_range
 
 PANEL_ROWS, PANEL_SIDE = 4, 256
 DEVICE_IGNORE = (
     -100
 )  # in the masks on the device, whatever the files have: losses from elsewhere pass over it by default
-FULL_RANGE = {torch.uint8: 255.0, torch.uint16: 65535.0}  # of other numbers, `normalize` has the file's own units
+FULL_RANGE = {torch.uint8: full_range("uint8"), torch.uint16: full_range("uint16")}  # of all others it is 1
 TITLES = {"test": "Test", "val": "Validation", "train": "Training"}
 
 
@@ -137,13 +138,10 @@ class Segmentation:
         """
         return splits.read_groups(self.config.splits_dir, self.pairs(split))
 
-    def _facts(self, split: str) -> list[checks.MaskFacts]:
-        """What the masks of a split hold; read in parallel, and kept beside the index files."""
-        return checks.scan(self.pairs(split), splits.cache_path(self.config.splits_dir))
-
     @cached_property
     def _train_counts(self) -> list[int]:
-        return checks.class_counts(self._facts("train"), self.config.data.num_classes, self.ignore_index)
+        facts = checks.scan(self.pairs("train"), splits.cache_path(self.config.splits_dir))
+        return checks.class_counts(facts, self.config.data.num_classes, self.ignore_index)
 
     def check_data(self) -> None:
         """Check every image and mask of the fold: what `ml-check` finds that would stop the training, or spoil it.
@@ -157,8 +155,8 @@ class Segmentation:
             facts = checks.scan(pairs, splits.cache_path(self.config.splits_dir), advance)
         checks.check_masks(pairs, facts, data.num_classes, data.ignore_index)
         checks.check_images(pairs, facts, model.in_channels)
-        train = checks.class_counts(facts[: len(parts[0])], data.num_classes, self.ignore_index)
-        if not any(train):
+        self._train_counts = checks.class_counts(facts[: len(parts[0])], data.num_classes, self.ignore_index)
+        if not any(self._train_counts):
             raise DataError(
                 f"no pixel of the {len(parts[0])} training masks is labelled where its image has data: "
                 f"look at them with ml-check {self.data_dir}"
