@@ -66,17 +66,24 @@ def as_rgb(image: Pixels) -> Image:
     first in most files. What is not uint8 is stretched: black and white are where the darkest and the brightest 2 % of
     each channel begin. What is not finite is black.
     """
-    channels = image.shape[2]
+    image = image[:, :, shown_channels(image.shape[2])]
+    return np.asarray(image) if image.dtype == np.uint8 else _stretched(image)
+
+
+def shown_channels(channels: int) -> list[int]:
+    """Return which channels of so many are shown as red, green and blue."""
     if channels > 4:
-        image = image[:, :, [channels - 1 - channels // 6, channels // 2, channels // 6]]
-    picture = np.repeat(image[:, :, :1], 3, axis=2) if channels < 3 else image[:, :, :3]
-    return picture if picture.dtype == np.uint8 else _stretched(picture)
+        return [channels - 1 - channels // 6, channels // 2, channels // 6]
+    return [0, 0, 0] if channels < 3 else [0, 1, 2]
 
 
 def _stretched(picture: Pixels) -> Image:
-    there = np.isfinite(picture)
-    low, high = np.zeros(3), np.ones(3)
-    for channel in np.flatnonzero(there.any(axis=(0, 1))):
-        low[channel], high[channel] = np.percentile(picture[:, :, channel][there[:, :, channel]], (2, 98))
-    levels = (picture - low) / np.maximum(high - low, 1e-12) * 255
-    return np.asarray(np.clip(np.where(there, levels, 0), 0, 255), np.uint8)
+    stretched = np.zeros(picture.shape, np.uint8)
+    for channel in range(picture.shape[2]):  # one at a time: in float64 all of them would be large
+        levels = picture[:, :, channel]
+        there = np.isfinite(levels)
+        if there.any():
+            low, high = np.percentile(levels[there], (2, 98))
+            levels = np.where(there, (levels - low) / max(high - low, 1e-12) * 255, 0)
+            stretched[:, :, channel] = np.clip(levels, 0, 255)
+    return stretched
