@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BeforeValidator, Field, model_validator
 
 from ml_src.core.config_rules import PUBLIC_STATISTICS, contradictions
+from ml_src.core.postprocess_specs import PostprocessStep
 from ml_src.core.transform_specs import (
     Normalize,
     RandomCrop,
@@ -48,6 +49,9 @@ class DataConfig(Section):
     samples_per_image: Positive = 1
     """How often an epoch takes each training image, each time with another crop and augmentation; more than 1 pays
     where the images are large scenes and random_crop takes a small part of them."""
+    mirror: bool = True
+    """`false` where classes differ by being left or right, such as left and right kidney: nothing is mirrored then,
+    neither in training nor by --tta."""
 
 
 class ModelConfig(Section):
@@ -340,13 +344,20 @@ class TransformsConfig(Section):
     """Validation, test and prediction: resize and normalize only. Left out: those of `train`."""
 
 
+class InferenceConfig(Section):
+    """What is done with predictions, at the end of training and by ml-inference. Training itself does not know it."""
+
+    postprocess: list[PostprocessStep] = []
+    """Steps that tidy a label map, in order. Pixels without data are to them what lies beyond the edge of the image."""
+
+
 def _default_type(word: str) -> BeforeValidator:
     """A section chosen by `type` may leave it out."""
     return BeforeValidator(lambda raw: {"type": word, **raw} if isinstance(raw, dict) else raw)
 
 
 class Config(Section):
-    """A whole training: data, network, loss, training, optimizer, learning-rate schedule and transforms."""
+    """A whole training: data, network, loss, training, optimizer, learning-rate schedule, transforms; and inference."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """All randomness (weights, order, augmentation) is a function of it."""
@@ -371,6 +382,7 @@ class Config(Section):
         _default_type("none"),
     ] = NoSchedule()
     transforms: TransformsConfig = TransformsConfig()
+    inference: InferenceConfig = InferenceConfig()
 
     @model_validator(mode="before")
     @classmethod

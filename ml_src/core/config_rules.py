@@ -2,7 +2,15 @@
 
 from typing import TYPE_CHECKING
 
-from ml_src.core.transform_specs import ColorJitter, Normalize, RandomCrop
+from ml_src.core.postprocess_specs import misfits
+from ml_src.core.transform_specs import (
+    ColorJitter,
+    Normalize,
+    RandomCrop,
+    RandomHorizontalFlip,
+    RandomTranspose,
+    RandomVerticalFlip,
+)
 
 if TYPE_CHECKING:
     from ml_src.core.config import Config
@@ -17,6 +25,9 @@ PUBLIC_STATISTICS = [
     ([0.5], [0.5]),
     ([0.5] * 3, [0.5] * 3),
 ]
+
+# Left becomes right; quarter turns, rotation, shear and the like keep the picture's hand.
+Mirroring = RandomHorizontalFlip | RandomVerticalFlip | RandomTranspose
 
 
 def contradictions(config: "Config") -> list[str]:
@@ -47,6 +58,7 @@ def contradictions(config: "Config") -> list[str]:
     words = [callback.type for callback in config.training.callbacks]
     problems += [f"training.callbacks has {w} twice" for w in sorted(set(words)) if words.count(w) > 1]
     problems += _transform_problems(config)
+    problems += [f"inference.postprocess: {p}" for p in misfits(config.inference.postprocess, data.num_classes)]
     return problems
 
 
@@ -96,6 +108,9 @@ def _transform_problems(config: "Config") -> list[str]:
     for split in ("train", "val"):
         for spec in getattr(config.transforms, split) or []:
             problems += [f"transforms.{split}: {problem}" for problem in _misfits(spec, config)]
+    mirrored = [s.type for s in config.train_transforms if isinstance(s, Mirroring) and s.p > 0]
+    if mirrored and not config.data.mirror:
+        problems.append(f"transforms.train mirrors but data.mirror is false: remove {', '.join(mirrored)}")
     train, val = (
         [s for s in specs if isinstance(s, Normalize)] for specs in (config.train_transforms, config.val_transforms)
     )

@@ -7,12 +7,15 @@ MANY = 100  # from so many files on, reading them takes long enough
 
 
 @contextmanager
-def progress_bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar as long as the block runs; what is yielded is called with the number of things done so far."""
+def progress_bar(text: str, total: int, least: int = MANY) -> Iterator[Callable[[float], None]]:
+    """Show a bar as long as the block runs; what is yielded is called with the number of things done so far.
+
+    Of fewer than `least` things none is shown.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal or total < MANY) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal or total < least) as bar:
         task = bar.add_task(text, total=total)
         yield lambda done: bar.update(task, completed=done)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -13,6 +14,9 @@ from hypothesis import strategies as st
 from ml_src.core.config import Config
 from ml_src.core.config_file import load_config, parse_config, parse_set, plain, to_yaml
 from ml_src.core.errors import ConfigError
+from ml_src.core.transforms import TRANSFORM_REGISTRY
+from ml_src.core.transforms.geometric import Canvas, Geometric
+from ml_src.core.transforms.source import Arrays
 
 MINIMAL: dict[str, Any] = {"data": {"data_dir": "data/x", "num_classes": 3}}
 
@@ -211,6 +215,34 @@ def test_statistics_left_to_the_data_become_numbers_in_both_lists() -> None:
 @pytest.mark.parametrize(("in_channels", "left"), [(1, False), (3, False), (2, True), (224, True)])
 def test_without_transforms_only_gray_and_rgb_have_known_statistics(in_channels: int, left: bool) -> None:
     assert parse_config({**MINIMAL, "model": {"in_channels": in_channels}}).needs_statistics is left
+
+
+def test_without_mirroring_the_sentence_names_what_to_remove() -> None:
+    words = ["random_vertical_flip", "random_rotate90", "random_transpose"]
+    lists = {"train": [{"type": word} for word in words]}
+    parse_config({**MINIMAL, "transforms": lists})
+    text = message({**MINIMAL, "transforms": lists}, **{"data.mirror": False})
+    assert text.endswith("data.mirror is false: remove random_vertical_flip, random_transpose")
+    lists = {"train": [{"type": "random_horizontal_flip", "p": 0}]}  # never mirrors
+    assert not parse_config({**MINIMAL, "transforms": lists}, {"data.mirror": False}).data.mirror
+
+
+NEEDED = {"resize": {"size": [8, 8]}, "random_crop": {"size": [8, 8]}, "random_resize_crop": {"sizes": [[8, 8]]}}
+NEEDED |= {"random_rotation": {"degrees": 180}}
+
+
+@pytest.mark.parametrize("word", [word for word, each in TRANSFORM_REGISTRY.items() if issubclass(each, Geometric)])
+def test_without_mirroring_exactly_the_transforms_that_swap_left_and_right_are_refused(word: str) -> None:
+    """A map that swaps them has a negative determinant; what deforms besides it does so without folding."""
+    raw = {**MINIMAL, "transforms": {"train": [{"type": word, **NEEDED.get(word, {})}]}}
+    (spec,) = parse_config(raw).train_transforms
+    transform, canvas = TRANSFORM_REGISTRY[word](spec), Canvas(Arrays(np.zeros((9, 12, 3), np.uint8)))
+    rng = np.random.default_rng(0)
+    determinants = [np.linalg.det(transform.draw(canvas, rng, rng).matrix) for _ in range(30)]
+    if min(determinants) < 0:
+        assert f"remove {word}" in message(raw, **{"data.mirror": False})
+    else:
+        parse_config(raw, {"data.mirror": False})
 
 
 def test_the_schema_knows_every_section() -> None:

@@ -11,7 +11,6 @@ from PIL import Image
 
 from ml_src.cli import inference
 from ml_src.core.config_file import parse_config
-from ml_src.core.inference.writers import write_mask
 from ml_src.core.metrics.segmentation import ConfusionMatrix
 from ml_src.core.pictures import colorize, overlay, palette
 from ml_src.core.trainers import train
@@ -66,15 +65,6 @@ def test_missing_data_and_missing_checkpoints_are_one_sentence(best: Path, capsy
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and all(line.startswith("error: ") for line in errors)
     assert not Path("inference").exists()
-
-
-def test_more_than_256_classes_are_written_with_16_bits(tmp_path: Path) -> None:
-    labels = np.arange(300, dtype=np.uint16).reshape(15, 20)
-    write_mask(tmp_path / "a.png", labels, num_classes=300)
-    assert np.array_equal(np.array(Image.open(tmp_path / "a.png")), labels)
-    write_mask(tmp_path / "b.png", labels % 256, num_classes=256)
-    with Image.open(tmp_path / "b.png") as picture:
-        assert picture.mode == "P" and np.array_equal(np.array(picture), labels % 256)
 
 
 def test_colours_of_the_first_classes_are_fixed_and_all_differ() -> None:

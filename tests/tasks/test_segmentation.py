@@ -1,49 +1,20 @@
-"""The task: honest scores at the images' own size, and findings only where the numbers show them."""
+"""The task: images normalised, panels, class weights, and findings only where the numbers show them."""
 
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
+from known_networks import NAMES, ByBrightness, drawn_data
 from PIL import Image
-from torch import Tensor, nn
 
 from ml_src.core.config_file import parse_config
-from ml_src.core.errors import DataError
 from ml_src.core.metrics.segmentation import summarize
 from ml_src.core.tasks import task_for
 from ml_src.core.tasks.segmentation import Segmentation, findings
 
 CPU = torch.device("cpu")
-NAMES = ["background", "cell", "fibre"]
-
-
-class ByBrightness(nn.Module):
-    """A network that is always right on masks drawn as gray levels: class = round(2 * brightness)."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        level = images[:, :1]
-        return torch.cat([-(level - centre).abs() for centre in (0.0, 0.5, 1.0)], dim=1) * 100
-
-
-def drawn_data(folder: Path, sizes: list[tuple[int, int]]) -> Path:
-    """Images whose gray level is the class, in three blocks; one file of each size in every split."""
-    rng = np.random.default_rng(0)
-    (folder / "splits").mkdir(parents=True)
-    for kind in ("images", "masks"):
-        (folder / kind).mkdir()
-    names = []
-    for number, (height, width) in enumerate(sizes):
-        mask = cv2.resize(rng.integers(0, 3, (4, 4)).astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
-        Image.fromarray(mask).save(folder / f"masks/{number}.png")
-        Image.fromarray((mask * 127.5).astype(np.uint8)).save(folder / f"images/{number}.png")
-        names.append(f"{number}.png")
-    for split in ("test", "fold_0_train", "fold_0_val"):
-        for kind in ("images", "masks"):
-            (folder / "splits" / f"{split}_{kind}.txt").write_text("".join(f"{kind}/{name}\n" for name in names))
-    return folder
 
 
 def task_of(data_dir: Path, **overrides: Any) -> Segmentation:
@@ -56,35 +27,6 @@ def task_of(data_dir: Path, **overrides: Any) -> Segmentation:
     task = task_for(parse_config(raw, overrides))
     assert isinstance(task, Segmentation)
     return task
-
-
-def test_a_perfect_network_scores_one_at_every_size(tmp_path: Path) -> None:
-    """Different sizes share a batch, filled up with what is ignored and cut off again."""
-    task = task_of(drawn_data(tmp_path / "d", [(40, 40), (17, 63), (64, 16), (33, 100)]))
-    predictions = list(task.predict(ByBrightness(), "test", CPU))
-    for prediction, size in zip(predictions, [(40, 40), (17, 63), (64, 16), (33, 100)], strict=True):
-        assert prediction.labels.shape == size
-        truth = np.array(Image.open(prediction.pair.mask))
-        assert np.array_equal(prediction.labels, truth)
-    assert task.measure(predictions)["iou"] == 1.0
-
-
-def test_scores_are_taken_at_the_size_of_the_files_not_of_the_network(tmp_path: Path) -> None:
-    """Shrunk to 16x16 the network cannot be perfect any more; every pixel of the files is counted."""
-    resize = [{"type": "resize", "size": [16, 16]}, {"type": "normalize", "mean": [0.0], "std": [1.0]}]
-    task = task_of(drawn_data(tmp_path / "d", [(100, 90), (61, 77)]), **{"transforms.train": resize})
-    report = task.measure(task.predict(ByBrightness(), "test", CPU))
-    assert np.sum(report["confusion_matrix"]) == 100 * 90 + 61 * 77
-    assert 0.7 < report["iou"] < 1.0
-
-
-def test_a_mask_that_changed_its_size_is_named(tmp_path: Path) -> None:
-    data = drawn_data(tmp_path / "d", [(40, 40)])
-    task = task_of(data)
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(data / "masks/0.png")
-    for batches in (task.predict(ByBrightness(), "test", CPU), task.loader("train").epoch()):
-        with pytest.raises(DataError, match=r"masks/0\.png is 8x8 but .*images/0\.png is 40x40"):
-            list(batches)
 
 
 def test_images_come_to_the_network_normalised(tmp_path: Path) -> None:
@@ -102,25 +44,6 @@ def test_a_panel_shows_image_truth_and_prediction_of_the_same_samples(tmp_path: 
     assert panel.dtype == np.uint8 and panel.shape == (40 + 30 + 40 + 12, 3 * 60 + 8, 3)
     truth, predicted = panel[:40, 44:84], panel[:40, 88:128]
     assert np.array_equal(truth, predicted)
-
-
-def test_the_block_of_results_says_over_what_the_means_are_taken() -> None:
-    task = task_of(Path("nowhere"))
-    matrix = np.array([[50, 10, 0], [5, 35, 0], [0, 0, 0]])
-    report = {"num_images": 2, **summarize(matrix, 255)}
-    lines = task.results("test", report).splitlines()
-    assert lines[:8] == [
-        "Test Results:",
-        f"  Mean IoU: {(50 / 65 + 35 / 50) / 2:.4f}",
-        f"  Mean Dice: {(100 / 115 + 70 / 85) / 2:.4f}",
-        "  Pixel Accuracy: 0.8500",
-        "",
-        "  Per-class IoU:",
-        "    Class 0 (background): 0.7692",
-        "    Class 1 (cell): 0.7000",
-    ]
-    assert lines[8] == "    Class 2 (fibre): not present"
-    assert "over 2 of 3 classes" in lines[10] and "2 images" in lines[10]
 
 
 def report_of(matrix: list[list[int]]) -> dict[str, Any]:
@@ -150,11 +73,9 @@ def test_each_sign_of_trouble_is_said_where_it_shows(
     assert bool(found) == bool(words)
 
 
-def test_an_ignored_class_is_no_finding_and_has_no_score() -> None:
+def test_an_ignored_class_is_no_finding() -> None:
     val = report_of([[90, 1, 0], [1, 20, 0], [0, 0, 0]])
     assert findings(NAMES, [9, 2, 0], {}, val, ignore_index=2) == []
-    task = task_of(Path("nowhere"), **{"data.ignore_index": 2})
-    assert "    Class 2 (fibre): ignored" in task.results("val", {"num_images": 1, **val})
 
 
 def test_balanced_weights_come_from_the_training_masks(tmp_path: Path) -> None:

@@ -63,19 +63,23 @@ class SegmentationDataset(Dataset[Sample]):
         return Sample(image, mask, source.size)
 
     def source(self, index: int) -> Source:
-        """Return pair `index` as the transforms take it: read already, or, where it is large, part by part."""
-        pair, ignore_index = self.pairs[index], self.transforms.ignore_index
-        fill = np.asarray(self.transforms.mean)
-        if pair.image.suffix.lower() in (".tif", ".tiff"):
-            info = image_info(pair.image)
-            if info.windowed:
-                return LargePair(pair, (info.height, info.width), self.channels, fill, ignore_index, self.with_masks)
-        raster = read_image(pair.image, self.channels)
-        mask = None
-        if self.with_masks:
-            mask = read_mask(pair.mask)
-            require_size(mask.shape, raster.pixels.shape[:2], pair)
-        return Arrays(*without_nodata(raster, mask, fill, ignore_index))
+        """Return pair `index` as the transforms take it."""
+        return open_source(self.pairs[index], self.transforms, self.channels, self.with_masks)
+
+
+def open_source(pair: Pair, transforms: Pipeline, channels: int, with_masks: bool) -> Source:
+    """Return a pair as the transforms take it: read already, or, where it is large, part by part."""
+    fill, ignore_index = np.asarray(transforms.mean), transforms.ignore_index
+    if pair.image.suffix.lower() in (".tif", ".tiff"):
+        info = image_info(pair.image)
+        if info.windowed:
+            return LargePair(pair, (info.height, info.width), channels, fill, ignore_index, with_masks)
+    raster = read_image(pair.image, channels)
+    mask = None
+    if with_masks:
+        mask = read_mask(pair.mask)
+        require_size(mask.shape, raster.pixels.shape[:2], pair)
+    return Arrays(*without_nodata(raster, mask, fill, ignore_index))
 
 
 class LargePair:
@@ -158,17 +162,18 @@ def without_nodata(
         filling = (levels if pixels.dtype.kind == "f" else np.rint(levels)).astype(pixels.dtype)
         pixels = np.where(raster.missing, filling, pixels)
     if mask is not None and nowhere is not None:
-        mask = _ignored(mask, nowhere, ignore_index)
+        mask = ignored(mask, nowhere, ignore_index)
     return pixels, mask
 
 
 def read_truth(pair: Pair, ignore_index: int) -> NDArray[Any]:
     """Return the mask of a pair, (H, W), ignored where the image has no data."""
     mask, nowhere = Truth(pair).read()
-    return mask if nowhere is None else _ignored(mask, nowhere, ignore_index)
+    return mask if nowhere is None else ignored(mask, nowhere, ignore_index)
 
 
-def _ignored(mask: NDArray[Any], where: NDArray[np.bool_], ignore_index: int) -> NDArray[Any]:
+def ignored(mask: NDArray[Any], where: NDArray[np.bool_], ignore_index: int) -> NDArray[Any]:
+    """Return a mask (H, W) with ignore_index where `where` (H, W) says so."""
     if ignore_index > 255:
         mask = mask.astype(np.uint16, copy=False)  # 8 bits could not hold what is ignored
     return np.where(where, ignore_index, mask).astype(mask.dtype)

@@ -1,5 +1,6 @@
 """Masks as they count: without what lies where the image has no data. Next to read: `segmentation.py`."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ class Truth:
     def __init__(self, pair: Pair) -> None:
         self.pair = pair
         self.image, self.mask = read_header(pair.image), read_header(pair.mask)
-        self.may_miss = _may_miss(pair, self.image)
+        self.may_miss = can_miss(pair.image, self.image)
 
     @property
     def windowed(self) -> bool:
@@ -30,6 +31,6 @@ class Truth:
         return mask, read_image(self.pair.image, window=window).nowhere if self.may_miss else None
 
 
-def _may_miss(pair: Pair, header: Header) -> bool:
-    """Whether the image can lack data: NaN among floats, nodata and masks of a raster."""
-    return header.dtype == np.float32 or (header.geo and may_miss(pair.image))
+def can_miss(image: Path, header: Header) -> bool:
+    """Whether an image can lack data: NaN among floats, nodata and masks of a raster."""
+    return header.dtype == np.float32 or (header.geo and may_miss(image))

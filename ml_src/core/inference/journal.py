@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO, NamedTuple
 
 from ml_src.core.atomic import remove_leftovers, replacing, write_text
@@ -72,6 +73,7 @@ class Journal:
         output_dir.mkdir(parents=True, exist_ok=True)
         self.output_dir, self._path = output_dir, output_dir / JOURNAL
         self._lines: dict[str, int] = {}  # name of an input -> where its last line begins
+        self._lock = Lock()  # those that are read and those that cannot be are recorded by different threads
         first = json.dumps({"job": job})
         known = self._path.exists()
         if known:
@@ -132,10 +134,10 @@ class Journal:
         self._append({"name": str(item.name), "path": str(item.path), "error": sentence})
 
     def _append(self, entry: Entry) -> None:
-        with self._path.open("ab") as file:
+        with self._lock, self._path.open("ab") as file:
             start = file.tell()
             file.write(json.dumps(entry).encode() + b"\n")
-        self._lines[entry["name"]] = start
+            self._lines[entry["name"]] = start
 
     def finish(self, class_names: Sequence[str]) -> None:
         """Write predictions.csv: a line for each input in the journal, sorted by name.

@@ -1,109 +1,339 @@
-"""A checkpoint and a split in; scores, masks and overlays out. Next to read: `writers.py`."""
+"""Images in, label maps out. Read this first.
 
-import json
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+An image is cut into tiles (`tiling.py`), which other threads read ahead. Tiles of equal size, also of several images,
+make a batch. Every member of the ensemble sees the batch, in every view (`views.py`); what they say is merged, blended
+into rows and enlarged to the size of the file. So of a scene only the rows of tiles in flight are in memory, and of its
+results the bands of a `Plane`. Next to read: `jobs.py`, what is done with the label maps.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from math import log
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor
 
-from ml_src.core.atomic import write_json
-from ml_src.core.checkpoint import load_checkpoint, load_weights
-from ml_src.core.config import Config
-from ml_src.core.config_file import parse_config
 from ml_src.core.data.files import read_image
-from ml_src.core.device import choose_device
-from ml_src.core.errors import ConfigError
-from ml_src.core.inference.writers import write_mask, write_overlay
-from ml_src.core.network import build_model
-from ml_src.core.plugins import check_plugins, import_plugins
-from ml_src.core.tasks import Task, task_for
+from ml_src.core.errors import DataError
+from ml_src.core.inference import planes
+from ml_src.core.inference.in_order import in_order
+from ml_src.core.inference.inputs import Input
+from ml_src.core.inference.members import Member
+from ml_src.core.inference.planes import Plane
+from ml_src.core.inference.scene import Scene
+from ml_src.core.inference.tiling import Blender, Grid, enlarged
+from ml_src.core.inference.views import Aggregation, Merger, View
+from ml_src.core.transforms.source import Size, Window
+
+READERS = 2  # threads
+BLACK = (torch.tensor(2.0), torch.tensor(1.0))  # mean and deviation of numbers that do not begin at black
+WHOLE = 1.25  # an image so many times as long and wide as a tile is not cut
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a split came to, and where it was written."""
+class Options:
+    """How images are predicted."""
 
-    block: str
-    output_dir: Path
+    tile: int | None = None  # side in pixels; None is what the network has seen in training
+    overlap: float = 0.25
+    blend: str = "gaussian"
+    batch_size: int | None = None  # None is that of training
+    views: Sequence[View] = (View(),)
+    tta_aggregation: Aggregation = "mean"
+    ensemble_aggregation: Aggregation = "mean"
+    probabilities: bool = False
+    uncertainty: bool = False
+    folder: Path | None = None  # on whose disk lies what is too large for the memory; None: that of the system
 
 
-def open_model(
-    path: Path, device: torch.device, plugins: Sequence[str] = (), data_dir: Path | None = None
-) -> tuple[Config, Task, nn.Module]:
-    """Return configuration, task and network of a checkpoint, ready to predict.
+@dataclass
+class Predicted:
+    """The label map of an image, and what else was asked for. Rows of it are there as they come."""
 
-    Raises: CheckpointError for a file that is none; ConfigError where it needs plugins that were not given.
+    item: Input
+    labels: Plane  # (H, W) uint8 or uint16
+    nodata: int | None  # the label of pixels without data; None where the image has data everywhere
+    probs: Plane | None = None  # (H, W, C) float16, NaN where there is no data
+    uncertainty: Plane | None = None  # (H, W, 1 or 2) float16: entropy and mutual information, as shares of log C
+    image: NDArray[Any] | None = None  # (H, W, channels), if it was read whole
+
+    def guide(self, top: int, bottom: int) -> NDArray[Any]:
+        """Return rows of the image, (n, W, channels)."""
+        if self.image is not None:
+            return self.image[top:bottom]
+        return read_image(self.item.path, window=Window(top, 0, bottom - top, self.labels.shape[1])).pixels
+
+
+class Failed(NamedTuple):
+    """An image that could not be read."""
+
+    item: Input
+    problem: str
+
+
+def predict(
+    items: Sequence[Input],
+    members: Sequence[Member],
+    options: Options,
+    advance: Callable[[float], None] = lambda done: None,
+) -> Iterator[Predicted | Failed]:
+    """Predict images one after the other.
+
+    Args:
+        items: the images.
+        members: networks of the same classes, whose weights sum to 1. Those of equal intake share what is read; the
+            others go through the images side by side with them.
+        options: how.
+        advance: told how many images are done, parts of one included.
     """
-    contents = load_checkpoint(path, device)
-    overrides = {} if data_dir is None else {"data.data_dir": str(data_dir), "data.splits_dir": None}
-    config = parse_config(contents["config"], overrides, source=str(path))
-    check_plugins(config.plugins, plugins, path)
-    import_plugins(plugins)
-    if not Path(config.data.data_dir).is_dir():
-        raise ConfigError(
-            f"{config.data.data_dir} is not here: start in the folder where you trained, or give --data_dir"
-        )
-    model = build_model(config.model)
-    load_weights(model, contents["model_state_dict"], path)
-    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    return config, task_for(config), model
+    engines = engines_of(members, options)
+    streams = [engine.bands(items) if len(engines) == 1 else evened(engine.bands(items)) for engine in engines]
+    by_image = (groupby(stream, key=lambda band: band.number) for stream in streams)
+    for done, (item, parts) in enumerate(zip(items, zip(*by_image, strict=True), strict=True)):
+        yield _put_together(item, [bands for _, bands in parts], members, options, partial(_advance, advance, done))
 
 
-def measure_split(
-    path: Path,
-    split: str = "test",
-    output_dir: Path | None = None,
-    data_dir: Path | None = None,
-    device: str = "auto",
-    plugins: Sequence[str] = (),
-) -> Measured:
-    """Predict and measure `train`, `val` or `test` of the fold that a checkpoint was trained on.
-
-    Writes masks/<stem>.png (the size of the image), overlays/<stem>.png and, when all is done, metrics.json into
-    `output_dir` (default: inference/<split> in the run's folder).
-    """
-    target = choose_device(device)
-    config, task, model = open_model(path, target, plugins, data_dir)
-    if output_dir is None:
-        home = path.parent.parent if path.parent.name == "weights" else path.parent
-        output_dir = home / "inference" / split
-    _require_own(output_dir, split)
-    for name in ("masks", "overlays"):
-        (output_dir / name).mkdir(parents=True, exist_ok=True)
-    (output_dir / "metrics.json").unlink(missing_ok=True)  # its presence says that what lies beside it is complete
-
-    def written() -> Iterator[Any]:
-        for prediction in task.predict(model, split, target):
-            name = prediction.pair.image.stem + ".png"
-            write_mask(output_dir / "masks" / name, prediction.labels, config.data.num_classes)
-            image = read_image(prediction.pair.image, config.model.in_channels).to_show
-            write_overlay(output_dir / "overlays" / name, image, prediction.labels)
-            yield prediction
-
-    progress = track(
-        written(),
-        total=task.num_images(split),
-        description=f"Predicting {split}",
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    )
-    report = task.measure(progress)
-    write_json(output_dir / "metrics.json", {"checkpoint": str(path), "split": split, **report})
-    return Measured(task.results(split, report), output_dir)
+def engines_of(members: Sequence[Member], options: Options) -> list["Engine"]:
+    """Return an engine for each intake that the members have."""
+    groups: dict[object, list[Member]] = {}
+    for member in members:
+        groups.setdefault(member.intake, []).append(member)
+    return [Engine(group, options) for group in groups.values()]
 
 
-def _require_own(output_dir: Path, split: str) -> None:
-    """Refuse a folder that holds another split's predictions: the two would lie in one heap."""
-    path = output_dir / "metrics.json"
-    if path.is_file():
-        with suppress(ValueError, AttributeError):
-            other = json.loads(path.read_text(encoding="utf-8")).get("split")
-            if other not in (None, split):
-                raise ConfigError(f"{output_dir} holds the predictions of {other}: give another --output")
+def _advance(advance: Callable[[float], None], done: int, share: float) -> None:
+    advance(done + share)
+
+
+class Band(NamedTuple):
+    """Some rows of an image's merged probabilities, or why there are none."""
+
+    number: int  # of the image
+    scene: Scene | None
+    top: int
+    values: NDArray[np.float32]  # (K, n, W): C probabilities and, for the uncertainty, the members' mean entropy
+    problem: DataError | None = None
+
+
+def _put_together(
+    item: Input,
+    streams: Sequence[Iterable[Band]],
+    members: Sequence[Member],
+    options: Options,
+    advance: Callable[[float], None],
+) -> Predicted | Failed:
+    predicted: Predicted | None = None
+    for bands in zip(*streams, strict=False):
+        for band in bands:
+            if band.problem is not None:
+                return Failed(item, str(band.problem))
+        scene = bands[0].scene
+        assert scene is not None
+        if predicted is None:
+            predicted = _empty(scene, members, options)
+        values = bands[0].values if len(bands) == 1 else sum(band.values for band in bands)
+        _put(predicted, scene, bands[0].top, values, members[0].config.data.num_classes)
+        advance((bands[0].top + values.shape[1]) / scene.size[0])
+    assert predicted is not None
+    predicted.image = scene.pixels
+    return predicted
+
+
+def _empty(scene: Scene, members: Sequence[Member], options: Options) -> Predicted:
+    config = members[0].config
+    num_classes, nodata = config.data.num_classes, config.ignore_index if scene.can_miss else None
+    dtype = np.uint8 if max(num_classes - 1, nodata or 0) <= 255 else np.uint16
+    predicted = Predicted(scene.item, Plane(scene.size, dtype, options.folder), nodata)
+    if options.probabilities:
+        predicted.probs = Plane((*scene.size, num_classes), np.float16, options.folder)
+    if options.uncertainty:
+        predicted.uncertainty = Plane((*scene.size, 1 if len(members) == 1 else 2), np.float16, options.folder)
+    return predicted
+
+
+def _put(predicted: Predicted, scene: Scene, top: int, values: NDArray[np.float32], num_classes: int) -> None:
+    probs = torch.from_numpy(values[:num_classes])
+    labels = probs.argmax(dim=0).numpy().astype(predicted.labels.dtype)
+    nowhere = scene.nowhere(top, top + len(labels))
+    if nowhere is not None:
+        labels[nowhere] = predicted.nodata
+    predicted.labels.put(top, labels)
+    if predicted.probs is not None:
+        predicted.probs.put(top, _without(nowhere, probs.permute(1, 2, 0)))
+    if predicted.uncertainty is not None:
+        total = _entropy(probs[None])[0]  # (n, W)
+        parts = [total, (total - torch.from_numpy(values[num_classes])).clamp_min(0)]
+        predicted.uncertainty.put(top, _without(nowhere, torch.stack(parts[: predicted.uncertainty.shape[2]], dim=2)))
+
+
+def _without(nowhere: NDArray[np.bool_] | None, values: Tensor) -> NDArray[np.float16]:
+    """Values (n, W, K) as they are kept: NaN where there is no data."""
+    kept = values.half().numpy()
+    if nowhere is not None:
+        kept[nowhere] = np.nan
+    return np.asarray(kept)
+
+
+def _entropy(probs: Tensor) -> Tensor:
+    """Entropy (N, H, W) of probabilities (N, C, H, W) as a share of its largest value, log C."""
+    entropy: Tensor = torch.special.entr(probs).sum(dim=1)
+    return entropy / max(log(probs.shape[1]), 1e-12)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A tile to predict, or the reason why its image cannot be."""
+
+    index: int
+    scene: Scene | None = None
+    grid: Grid | None = None
+    row: int = 0
+    column: int = 0
+    problem: DataError | None = None
+
+
+def _read(work: Work) -> NDArray[Any] | DataError:
+    if work.problem is not None:
+        return work.problem
+    assert work.scene is not None and work.grid is not None
+    try:
+        return work.scene.tile(work.grid.window(work.row, work.column))
+    except DataError as error:
+        return error
+
+
+class Engine:
+    """Members of one intake, which see the same tiles."""
+
+    def __init__(self, members: Sequence[Member], options: Options) -> None:
+        self.members, self.options = members, options
+        self.intake = members[0].intake
+        self._statistics = [torch.tensor(each).view(1, -1, 1, 1) for each in (self.intake.mean, self.intake.std)]
+        self.device = members[0].device
+        self.share = sum(member.weight for member in members)
+        self.batch_size = options.batch_size or members[0].config.training.batch_size
+        self._blender: Blender | None = None
+        self._canvas = np.empty((0, 0, 0), np.float32)
+
+    def bands(self, items: Sequence[Input]) -> Iterator[Band]:
+        """Yield the bands of every image, in order; of one that fails, a band with the problem."""
+        batch: list[tuple[Work, NDArray[Any]]] = []
+        for work, pixels in in_order(_read, self._works(items), self.batch_size + READERS, READERS):
+            if batch and (isinstance(pixels, DataError) or not self._fits(batch, pixels)):
+                yield from self._predicted(batch)
+                batch = []
+            if isinstance(pixels, DataError):
+                yield Band(work.index, None, 0, np.empty(0, np.float32), pixels)
+            else:
+                batch.append((work, pixels))
+        if batch:
+            yield from self._predicted(batch)
+
+    def _fits(self, batch: Sequence[tuple[Work, NDArray[Any]]], pixels: NDArray[Any]) -> bool:
+        last = batch[-1][1]
+        return len(batch) < self.batch_size and last.shape == pixels.shape and last.dtype == pixels.dtype
+
+    def _works(self, items: Sequence[Input]) -> Iterator[Work]:
+        for index, item in enumerate(items):
+            try:
+                scene = Scene(item, self.members[0])
+            except DataError as error:
+                yield Work(index, problem=error)
+                continue
+            grid = self._grid(scene.canvas)
+            for row in range(len(grid.rows.parts)):
+                for column in range(len(grid.columns.parts)):
+                    yield Work(index, scene, grid, row, column)
+
+    def _grid(self, canvas: Size) -> Grid:
+        tile = self.intake.tile
+        if self.options.tile is not None:
+            tile = (self.options.tile, self.options.tile)
+        elif all(side <= WHOLE * limit for side, limit in zip(canvas, tile, strict=True)):
+            tile = canvas
+        return Grid(canvas, tile, self.options.overlap, self.options.blend)
+
+    def _predicted(self, batch: Sequence[tuple[Work, NDArray[Any]]]) -> Iterator[Band]:
+        values = self.values(np.stack([pixels for _, pixels in batch]))
+        for (work, _), tile in zip(batch, values, strict=True):
+            yield from self._finished(work, tile)
+
+    @torch.inference_mode()
+    def values(self, pixels: NDArray[Any]) -> NDArray[np.float32]:
+        """Merged values (N, K, h, w) of tiles (N, h, w, channels)."""
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        black = self._statistics if images.dtype == torch.uint8 else BLACK
+        images = self.members[0].task.normalize(images, self.device)
+        merged, entropy = Merger(self.options.ensemble_aggregation), torch.zeros((), device=self.device)
+        for member in self.members:
+            probs = self._augmented(member, images, *(part.to(self.device) for part in black))
+            merged.add(probs, member.weight)
+            if self.options.uncertainty:
+                entropy = entropy + _entropy(probs) * (member.weight / self.share)
+        values = merged.result()
+        if self.options.uncertainty:
+            values = torch.cat([values, entropy[:, None]], dim=1)
+        return (values if self.share == 1 else values * self.share).cpu().numpy()
+
+    def _augmented(self, member: Member, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        merged, size = Merger(self.options.tta_aggregation), (images.shape[2], images.shape[3])
+        for view in self.options.views:
+            probs = member.probabilities(view.apply(images, mean, std))
+            merged.add(view.invert(probs, size))
+        return merged.result()
+
+    def _finished(self, work: Work, tile: NDArray[np.float32]) -> Iterator[Band]:
+        """The bands that are done with this tile: of many tiles, those of a row of them."""
+        scene, grid = work.scene, work.grid
+        assert scene is not None and grid is not None
+        if len(grid) == 1:
+            yield from self._of_file(work, 0, tile)
+            return
+        if work.row == work.column == 0:
+            self._blender = Blender(grid, len(tile))
+        assert self._blender is not None
+        self._blender.add(work.row, work.column, tile)
+        if work.column + 1 == len(grid.columns.parts):
+            yield from self._of_file(work, *self._blender.finished(work.row))
+
+    def _of_file(self, work: Work, top: int, values: NDArray[np.float32]) -> Iterator[Band]:
+        """Bands at the size of the file; where the network sees another size, once its whole canvas is done."""
+        scene = work.scene
+        assert scene is not None
+        if scene.canvas == scene.size:
+            yield Band(work.index, scene, top, values)
+            return
+        if top == 0:
+            self._canvas = np.empty((len(values), *scene.canvas), np.float32)
+        self._canvas[:, top : top + values.shape[1]] = values
+        if top + values.shape[1] == scene.canvas[0]:
+            height = band_height(scene.size)
+            for start in range(0, scene.size[0], height):
+                stop = min(scene.size[0], start + height)
+                yield Band(work.index, scene, start, enlarged(self._canvas, scene.size, start, stop))
+
+
+def band_height(size: Size) -> int:
+    """How many rows of an image are handled at once."""
+    return max(1, planes.BAND // size[1])
+
+
+def evened(bands: Iterable[Band]) -> Iterator[Band]:
+    """Cut the bands of each image anew, so that those of all engines have the same rows."""
+    for _, stream in groupby(bands, key=lambda band: band.number):
+        top, rest = 0, np.empty((0, 0, 0), np.float32)
+        for band in stream:
+            if band.scene is None:
+                yield band
+                continue
+            rest = np.concatenate([rest, band.values], axis=1) if rest.size else band.values
+            height, bottom = band_height(band.scene.size), band.top + band.values.shape[1]
+            while rest.shape[1] >= height or (rest.size and bottom == band.scene.size[0]):
+                yield Band(band.number, band.scene, top, rest[:, :height])
+                top, rest = top + min(height, rest.shape[1]), rest[:, height:]

@@ -3,7 +3,7 @@
 Next to read: `segmentation.py`, the one task so far. A second one is a class here, a dataset and a metric.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +30,7 @@ class Metric(Protocol):
 
 
 class Task(Protocol):
-    """Datasets, criterion, metric, prediction and picture of one kind of problem."""
+    """Datasets, criterion, metric and picture of one kind of problem."""
 
     monitors: tuple[str, ...]
 
@@ -66,17 +66,8 @@ class Task(Protocol):
     def metric(self) -> Metric:
         """A fresh metric."""
 
-    def predict(self, model: nn.Module, split: str, device: torch.device) -> Iterator[Any]:
-        """Predict the images of a split at their own sizes."""
-
-    def measure(self, predictions: Iterable[Any]) -> dict[str, Any]:
-        """Return the scores of predictions as plain data."""
-
     def measured_splits(self) -> list[str]:
         """The splits that are measured after training; `val`, and `test` where it has images."""
-
-    def results(self, split: str, report: dict[str, Any]) -> str:
-        """Return what `measure` found as the text that is printed."""
 
     def findings(self, metrics: dict[str, float], reports: dict[str, dict[str, Any]]) -> list[str]:
         """Return, in plain words, what the numbers show to be wrong and what to try."""

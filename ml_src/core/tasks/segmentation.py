@@ -2,24 +2,20 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ml_src.core.config import Config
 from ml_src.core.data import checks, splits
-from ml_src.core.data.files import Pair
 from ml_src.core.data.loaders import Batch, Loader
 from ml_src.core.data.order import Order, ShareOfBatches
 from ml_src.core.data.pairs import Pairs
-from ml_src.core.data.segmentation import SampleKey, SegmentationDataset, read_truth, require_size
+from ml_src.core.data.segmentation import SampleKey, SegmentationDataset
 from ml_src.core.data.statistics import channel_statistics
 from ml_src.core.errors import DataError
 from ml_src.core.losses import build_loss
@@ -27,7 +23,6 @@ from ml_src.core.losses.segmentation import balanced_weights
 from ml_src.core.metrics.segmentation import ConfusionMatrix, summarize
 from ml_src.core.pictures import Image, side_by_side
 from ml_src.core.progress import progress_bar
-from ml_src.core.transform_specs import Resize
 from ml_src.core.transforms import Pipeline, build_transforms
 from ml_src.core.transforms.intensity import full_range
 
@@ -36,18 +31,9 @@ DEVICE_IGNORE = (
     -100
 )  # in the masks on the device, whatever the files have: losses from elsewhere pass over it by default
 FULL_RANGE = {torch.uint8: full_range("uint8"), torch.uint16: full_range("uint16")}  # of all others it is 1
-TITLES = {"test": "Test", "val": "Validation", "train": "Training"}
 
 
 log = logging.getLogger("ml_src")
-
-
-class Prediction(NamedTuple):
-    """One image's label map, and how it compares with the truth."""
-
-    pair: Pair
-    labels: NDArray[np.uint16]  # (H, W), the size of the file
-    matrix: NDArray[np.int64]  # (C, C)
 
 
 class SegmentationMetric:
@@ -198,9 +184,10 @@ class Segmentation:
         """Return images (N, C, H, W), normalised, and masks (N, H, W) int64 with DEVICE_IGNORE, on the device."""
         assert batch.masks is not None
         masks = batch.masks.to(device, non_blocking=True).long()
-        return self._normalize(batch.images, device), masks.masked_fill_(masks == self.ignore_index, DEVICE_IGNORE)
+        return self.normalize(batch.images, device), masks.masked_fill_(masks == self.ignore_index, DEVICE_IGNORE)
 
-    def _normalize(self, images: Tensor, device: torch.device) -> Tensor:
+    def normalize(self, images: Tensor, device: torch.device) -> Tensor:
+        """Return images (N, C, H, W) of the files' number type as normalised float32 on the device."""
         if device not in self._statistics:  # once: each is a wait for the GPU
             both = (self.val_transforms.mean, self.val_transforms.std)
             self._statistics[device] = [torch.tensor(one, device=device).view(1, -1, 1, 1) for one in both]
@@ -212,81 +199,9 @@ class Segmentation:
         """Return a metric that has counted nothing."""
         return SegmentationMetric(self.class_names, self.ignore_index)
 
-    @torch.inference_mode()
-    def predict(self, model: nn.Module, split: str, device: torch.device) -> Iterator[Prediction]:
-        """Predict the images of a split, each at the size of its file, and count them against their masks.
-
-        The logits, at the size of the validation transforms, are enlarged (bilinear) before the argmax.
-        """
-        model.eval()
-        pairs = iter(self.pairs(split))
-        dataset = self._dataset(split, self.val_transforms, with_masks=False)
-        # without a resize the filling of a batch would reach into the smaller images' predictions: one at a time
-        resized = any(isinstance(spec, Resize) for spec in self.config.val_transforms)
-        order = None if resized else ShareOfBatches(len(dataset), batch_size=1)
-        for batch in self._batches(dataset, order).epoch():
-            for logits, size in zip(model(self._normalize(batch.images, device)), batch.sizes, strict=True):
-                pair = next(pairs)
-                labels = self._labels(logits, size)
-                truth = read_truth(pair, self.ignore_index)
-                require_size(truth.shape, size, pair)
-                confusion = ConfusionMatrix(len(self.class_names), self.ignore_index)
-                confusion.update(labels, truth)
-                yield Prediction(pair, labels, confusion.matrix)
-
-    def _labels(self, logits: Tensor, size: tuple[int, int]) -> NDArray[np.uint16]:
-        """Logits (C, h, w) to labels (H, W): without the filling of the batch, at the size of the file."""
-        sizes = [spec.size for spec in self.config.val_transforms if isinstance(spec, Resize)]
-        height, width = sizes[-1] if sizes else size
-        logits = F.interpolate(
-            logits[None, :, :height, :width].float(), size=size, mode="bilinear", align_corners=False
-        )
-        return np.asarray(logits[0].argmax(dim=0).cpu().numpy(), np.uint16)
-
-    def measure(self, predictions: Iterable[Prediction]) -> dict[str, Any]:
-        """Return the scores over all images and per image, and the confusion matrix, as plain data."""
-        total = np.zeros((len(self.class_names),) * 2, np.int64)
-        per_image = []
-        for prediction in predictions:
-            total += prediction.matrix
-            per_image.append(
-                {
-                    "image": prediction.pair.image.name,
-                    **_scores(prediction.matrix, self.ignore_index),
-                }
-            )
-        return {
-            "num_images": len(per_image),
-            "class_names": self.class_names,
-            **_scores(total, self.ignore_index),
-            "confusion_matrix": total.tolist(),
-            "per_image": per_image,
-        }
-
     def measured_splits(self) -> list[str]:
         """Return `val`, and `test` unless ml-split was asked for none."""
         return ["val"] if splits.is_empty(self.config.splits_dir, "test") else ["val", "test"]
-
-    def results(self, split: str, report: dict[str, Any]) -> str:
-        """Return the block of results that is printed."""
-        lines = [
-            f"{TITLES[split]} Results:",
-            f"  Mean IoU: {_number(report['iou'])}",
-            f"  Mean Dice: {_number(report['dice'])}",
-            f"  Pixel Accuracy: {_number(report['pixel_accuracy'])}",
-            "",
-            "  Per-class IoU:",
-        ]
-        for index, (name, value) in enumerate(zip(self.class_names, report["iou_per_class"], strict=True)):
-            score = "ignored" if index == self.ignore_index else _number(value)
-            lines.append(f"    Class {index} ({name}): {score}")
-        present = sum(value is not None for value in report["iou_per_class"])
-        lines += [
-            "",
-            f"Means are over {present} of {len(self.class_names)} classes (those present in truth or prediction), from "
-            f"one confusion matrix over all pixels of {report['num_images']} images at their own size.",
-        ]
-        return "\n".join(lines)
 
     def findings(self, metrics: dict[str, float], reports: dict[str, dict[str, Any]]) -> list[str]:
         """Return the guide's signs of trouble that the numbers show, each with what to try."""
@@ -301,7 +216,7 @@ class Segmentation:
         for index in np.unique(np.linspace(0, len(dataset) - 1, PANEL_ROWS).astype(int)):
             image, mask, _ = dataset[SampleKey(int(index))]
             pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-            labels = model(self._normalize(pixels, device))[0].argmax(dim=0).cpu().numpy()
+            labels = model(self.normalize(pixels, device))[0].argmax(dim=0).cpu().numpy()
             assert mask is not None
             every = -(-max(mask.shape) // PANEL_SIDE)  # a look is enough: whole pictures would fill the disk
             small = [image[::every, ::every], mask[::every, ::every], labels[::every, ::every]]
@@ -371,13 +286,3 @@ def findings(
             "Judge it by IoU and Dice, and try dice_loss."
         )
     return found
-
-
-def _scores(matrix: NDArray[np.int64], ignore_index: int) -> dict[str, Any]:
-    """The scores of one matrix, with None for what is not defined (JSON knows no NaN)."""
-    scores = summarize(matrix, ignore_index)
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in scores.items()}
-
-
-def _number(value: float | None) -> str:
-    return "not present" if value is None else f"{value:.4f}"

@@ -5,6 +5,9 @@ from typing import Any
 
 from ml_src.core.atomic import write_json, write_text
 from ml_src.core.checkpoint import load_checkpoint, load_weights
+from ml_src.core.inference.measure import TITLES, Measuring, results, split_report
+from ml_src.core.inference.members import Member, placed
+from ml_src.core.inference.predictor import Options
 from ml_src.core.network import build_model
 from ml_src.core.trainers.run_dir import command
 from ml_src.core.trainers.training import Training
@@ -19,12 +22,13 @@ def measure(t: Training) -> str:
     """
     path = t.run_dir / "weights" / "best.pt"
     best = load_checkpoint(path, t.device)
-    network = t.backend.place(build_model(t.config.model))  # not the one in training: it may be wrapped or divided
+    network = build_model(t.config.model)  # not the one in training: it may be wrapped or divided
     load_weights(network, best["model_state_dict"], path)
+    member = Member(path, t.config, placed(network, t.device), t.device)
     reports = {}
     for split in t.task.measured_splits():
         log.info("Measuring epoch %d on %s ...", best["epoch"], split)
-        reports[split] = t.task.measure(t.task.predict(network, split, t.device))
+        reports[split] = split_report([member], split, Options(), t.config.inference.postprocess, Measuring())
     found = t.task.findings(best["metrics"], reports)
     summary = _text(t, best["epoch"], reports, found)
     write_text(t.run_dir / "summary.txt", summary)
@@ -47,7 +51,7 @@ def _text(t: Training, epoch: int, reports: dict[str, dict[str, Any]], found: li
         lines.append(f"Stopped early: {t.stop}.")
     lines += t.backend.summary()
     for split, report in reports.items():
-        lines += ["", t.task.results(split, report)]
+        lines += ["", results(TITLES[split], report, t.config.ignore_index)]
     if found:
         lines += ["", "Worth a look:", *(f"  - {sentence}" for sentence in found)]
     split = "" if "test" in reports else " --split val"

@@ -1,0 +1,396 @@
+"""What ml-inference is asked for: files to predict, or a split to measure. Next to read: `predictor.py`."""
+
+import hashlib
+import json
+import logging
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from ml_src.core.atomic import remove_leftovers, write_json
+from ml_src.core.config import Config
+from ml_src.core.data.geotiffs import georeference, require_rasterio
+from ml_src.core.device import choose_device, keep_freed_memory
+from ml_src.core.errors import ConfigError, DataError
+from ml_src.core.inference.budget import Extras, within
+from ml_src.core.inference.inputs import Input, find_inputs
+from ml_src.core.inference.journal import JOURNAL, Done, Journal, Stamp, stamp_of
+from ml_src.core.inference.measure import TITLES, Measuring, label_maps, results, split_items, split_report
+from ml_src.core.inference.members import Member, checkpoints, open_member, require_same_classes, weighted
+from ml_src.core.inference.memory import give_back_freed_memory
+from ml_src.core.inference.postprocess import chain_path, load_chain
+from ml_src.core.inference.predictor import Failed, Options, Predicted
+from ml_src.core.inference.tiling import ALIGN
+from ml_src.core.inference.views import Aggregation, default_views, parse_views
+from ml_src.core.inference.writers import (
+    write_mask,
+    write_overlay,
+    write_polygons,
+    write_probabilities,
+    write_uncertainty,
+)
+from ml_src.core.postprocess_specs import PostprocessStep, misfits, parse_steps, steps_to_yaml
+from ml_src.core.progress import progress_bar
+
+MERGES: dict[str, Aggregation] = {"soft_voting": "mean", "hard_voting": "voting", "weighted": "mean"}
+"""Word of --ensemble_aggregation -> how probabilities are merged."""
+
+SMALLEST_TILE = 64  # pixels a side, of --tile
+MOST_OVERLAP = 0.9
+
+KINDS = ("masks", "overlays", "probabilities", "uncertainty", "polygons")
+"""The folders of outputs."""
+
+log = logging.getLogger("ml_src")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The words of the command line that all of its uses share."""
+
+    checkpoints: Sequence[Path]
+    output: Path | None = None
+    data_dir: Path | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    compile: bool = False
+    plugins: Sequence[str] = ()
+    tile: int | None = None
+    overlap: float = Options.overlap
+    blend: str = Options.blend
+    batch_size: int | None = None
+    max_ram: str | None = None
+    tta: bool = False
+    tta_augmentations: Sequence[str] | None = None
+    tta_aggregation: Aggregation = "mean"
+    ensemble_aggregation: str = "soft_voting"
+    ensemble_weights: Sequence[float] | None = None
+    postprocess: Sequence[str] | None = None
+    overlay: bool = False
+    save_probs: Literal["tiff", "npz"] | None = None
+    uncertainty: bool = False
+    polygons: bool = False
+    tolerance: float = Measuring.tolerance
+    pixel_size: float = Measuring.pixel_size
+
+
+class Measured(NamedTuple):
+    """What a split came to, and where it was written."""
+
+    block: str
+    output_dir: Path
+
+
+class Summary(NamedTuple):
+    """What became of the files."""
+
+    num_predicted: int
+    num_before: int  # finished by an earlier run
+    problems: list[str]
+    output_dir: Path
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request with its networks opened and its words understood."""
+
+    request: Request
+    members: list[Member]
+    options: Options
+    steps: list[PostprocessStep]
+
+    @property
+    def config(self) -> Config:
+        """Of the first member; classes and ignore_index are those of all."""
+        return self.members[0].config
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """All that the outputs depend on, as plain data."""
+        options = self.options
+        return {
+            "checkpoints": [_sha256(member.path) for member in self.members],
+            "weights": [round(member.weight, 6) for member in self.members],
+            "ensemble": self.request.ensemble_aggregation if len(self.members) > 1 else None,
+            "tta": [view.name for view in options.views[1:]],
+            "tta_aggregation": options.tta_aggregation if len(options.views) > 1 else None,
+            "tile": options.tile,
+            "overlap": options.overlap,
+            "blend": options.blend,
+            "precision": [str(member.amp_dtype or torch.float32).removeprefix("torch.") for member in self.members],
+            "postprocess": steps_to_yaml(self.steps),
+        }
+
+
+def prepare(request: Request) -> Prepared:
+    """Open the checkpoints and read the words.
+
+    Raises: MLError for all that the user can mend.
+    """
+    _require_possible(request)
+    keep_freed_memory() if request.max_ram is None else give_back_freed_memory()
+    paths, device = checkpoints(request.checkpoints), choose_device(request.device)
+    members = [open_member(path, device, request.plugins, request.data_dir) for path in paths]
+    require_same_classes(members)
+    given = request.ensemble_weights
+    if (given is not None) != (request.ensemble_aggregation == "weighted"):
+        raise ConfigError("--ensemble_aggregation weighted and --ensemble_weights go together: give both or neither")
+    members = weighted([replace(member, precision=request.precision) for member in members], given)
+    if request.compile:
+        members = [replace(member, network=cast(nn.Module, torch.compile(member.network))) for member in members]
+    if request.polygons:
+        require_rasterio("--polygons needs rasterio", "to write them")
+    options = Options(
+        tile=request.tile and math.ceil(request.tile / ALIGN) * ALIGN,
+        overlap=request.overlap,
+        blend=request.blend,
+        batch_size=request.batch_size,
+        views=parse_views(_views(request, members[0].config), all(member.config.data.mirror for member in members)),
+        tta_aggregation=request.tta_aggregation,
+        ensemble_aggregation=MERGES[request.ensemble_aggregation],
+        probabilities=request.save_probs is not None,
+        uncertainty=request.uncertainty,
+    )
+    return Prepared(request, members, options, _steps(request, members))
+
+
+def _require_possible(request: Request) -> None:
+    """Raise ConfigError for a number that cannot be; no comparison holds for NaN."""
+    for name, possible, advice in (
+        ("tile", request.tile is None or request.tile >= SMALLEST_TILE, f"{SMALLEST_TILE} pixels or more"),
+        ("overlap", 0 <= request.overlap <= MOST_OVERLAP, f"a share of 0 to {MOST_OVERLAP}"),
+        ("batch_size", request.batch_size is None or request.batch_size >= 1, "1 or more"),
+        ("tolerance", 0 < request.tolerance < math.inf, "a number above 0"),
+        ("pixel_size", 0 < request.pixel_size < math.inf, "a number above 0"),
+    ):
+        if not possible:
+            raise ConfigError(f"--{name} {getattr(request, name)} cannot be: give {advice}")
+
+
+def bounded(job: Prepared, items: Sequence[Input], measured: bool) -> Options:
+    """Return the options of a job with the tiles that --max_ram allows for these images, where it is given."""
+    request = job.request
+    if request.max_ram is None:
+        return job.options
+    extras = Extras(request.overlay or request.uncertainty or measured, measured, bool(job.steps))
+    return within(request.max_ram, items, job.members, job.options, extras)
+
+
+def _views(request: Request, config: Config) -> Sequence[str]:
+    if request.tta_augmentations is not None:
+        return request.tta_augmentations
+    return default_views(config) if request.tta else ()
+
+
+def _steps(request: Request, members: Sequence[Member]) -> list[PostprocessStep]:
+    """The chain of the command line, else the tuned one that lies beside the checkpoints, else the configuration's."""
+    if request.postprocess is not None:
+        source, steps = "--postprocess", parse_steps(request.postprocess)
+    else:
+        source = str(chain_path(members[0].path))
+        tuned = [load_chain(member.path) for member in members]
+        chains = [
+            member.config.inference.postprocess if chain is None else chain
+            for member, chain in zip(members, tuned, strict=True)
+        ]
+        steps = chains[0]
+        if any(chain != steps for chain in chains):
+            raise ConfigError(
+                "the checkpoints have different chains of post-processing: give one with --postprocess, or none"
+            )
+        if tuned[0] is not None:
+            log.info("post-processing as tuned: %s", ", ".join(step.type for step in steps) or "none")
+    if problems := misfits(steps, members[0].config.data.num_classes):
+        raise ConfigError(f"{source}: {problems[0]}")
+    return steps
+
+
+def predict_files(request: Request, words: Sequence[str], recursive: bool, strict: bool, resume: bool) -> Summary:
+    """Predict the images that files, folders and globs name, into the folders of `request.output`.
+
+    Raises: MLError for what the user can mend; with `strict` also for the first file that cannot be read, which
+        otherwise is named, counted and passed over.
+    """
+    job = prepare(request)
+    folder = request.output or home_of(job.members) / "inference" / _folder_name(words)
+    items = find_inputs(words, recursive, folder)
+    require_own(folder, None)
+    journal = Journal(folder, {**job.how, **_outputs(request)}, resume)
+    _remove_leftovers(folder)
+    waiting = [item for item in items if not journal.finished(item)]
+    stamps: dict[Input, Stamp] = {}
+    for item in waiting:
+        if item.path.exists():
+            stamps[item] = stamp_of(item.path)
+    clock = [time.perf_counter()]
+
+    def finish(predicted: Predicted) -> None:
+        files = write_outputs(folder, predicted, request, job.config)
+        place = georeference(predicted.item.path)
+        pixels, nodata = _count(predicted, job.config.data.num_classes)
+        clock.append(time.perf_counter())
+        done = Done(
+            stamp=stamps[predicted.item],
+            height=predicted.labels.shape[0],
+            width=predicted.labels.shape[1],
+            pixels=pixels,
+            pixels_nodata=nodata,
+            seconds=clock[-1] - clock[-2],
+            files=files,
+            pixel_area=None if place is None else place.pixel_area,
+        )
+        journal.record(predicted.item, done)
+
+    problems, options = [], replace(bounded(job, waiting, measured=False), folder=folder)
+    with progress_bar("predicting", len(waiting), least=1) as advance:
+        for item, result in zip(
+            waiting, label_maps(waiting, job.members, options, job.steps, finish, advance), strict=True
+        ):
+            if isinstance(result, Failed):
+                if strict:
+                    raise DataError(result.problem)
+                log.warning("skipped: %s", result.problem)
+                journal.record_error(item, result.problem)
+                problems.append(result.problem)
+    journal.finish(job.config.class_names)
+    return Summary(len(waiting) - len(problems), len(items) - len(waiting), problems, folder)
+
+
+def measure_split(request: Request, split: str) -> Measured:
+    """Predict and measure `test`, `val` or `train` of the fold that the checkpoints were trained on.
+
+    Writes masks, overlays and what else was asked for, and, when all is done, metrics.json into `request.output`
+    (default: inference/<split> in the run's folder).
+    Raises: MLError for all that the user can mend.
+    """
+    job = prepare(request)
+    for member in job.members:
+        member.require_data()
+    _require_unseen(job.members, split)
+    folder = request.output or home_of(job.members) / "inference" / split
+    require_own(folder, split)
+    (folder / "metrics.json").unlink(missing_ok=True)  # its presence says that what lies beside it is complete
+    _remove_leftovers(folder)
+    drawn = replace(request, overlay=True)
+
+    def keep(predicted: Predicted) -> None:
+        write_outputs(folder, predicted, drawn, job.config)
+
+    how = Measuring(request.tolerance, request.pixel_size)
+    with progress_bar(f"predicting {split}", job.members[0].task.num_images(split), least=1) as advance:
+        options = bounded(job, split_items(job.members[0], split), measured=True)
+        report = split_report(job.members, split, options, job.steps, how, keep, advance)
+    write_json(
+        folder / "metrics.json",
+        {"split": split, "checkpoints": [str(member.path) for member in job.members], "how": job.how, **report},
+    )
+    return Measured(results(TITLES[split], report, job.config.ignore_index), folder)
+
+
+def write_outputs(folder: Path, predicted: Predicted, request: Request, config: Config) -> list[Path]:
+    """Write what a request asks of a prediction; return the files."""
+    item, labels, nodata = predicted.item, predicted.labels, predicted.nodata
+
+    def at(kind: str) -> Path:
+        path = folder / kind / item.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    files = [write_mask(at("masks"), labels, config.data.num_classes, nodata, item.path)]
+    if request.overlay:
+        image, channels = predicted.image, config.model.in_channels
+        files.append(write_overlay(at("overlays"), labels, nodata, item.path, channels, image))
+    if request.save_probs is not None:
+        assert predicted.probs is not None
+        path = at("probabilities")
+        files.append(write_probabilities(path, predicted.probs, config.class_names, request.save_probs, item.path))
+    if request.uncertainty:
+        assert predicted.uncertainty is not None
+        files.append(write_uncertainty(at("uncertainty"), predicted.uncertainty, item.path))
+    if request.polygons:
+        files.append(write_polygons(at("polygons"), labels, config.class_names, nodata, item.path))
+    return files
+
+
+def _outputs(request: Request) -> Mapping[str, Any]:
+    return {key: getattr(request, key) for key in ("overlay", "save_probs", "uncertainty", "polygons")}
+
+
+def _count(predicted: Predicted, num_classes: int) -> tuple[list[int], int]:
+    """Pixels of each class, and those without data."""
+    labels = predicted.labels
+    counts = np.zeros(np.iinfo(labels.dtype).max + 1, np.int64)
+    for top, bottom in labels.bands():
+        counts += np.bincount(labels.rows(top, bottom).ravel(), minlength=len(counts))
+    nodata = 0
+    if predicted.nodata is not None:
+        nodata, counts[predicted.nodata] = int(counts[predicted.nodata]), 0
+    return counts[:num_classes].tolist(), nodata
+
+
+def home_of(members: Sequence[Member]) -> Path:
+    """The folder of the run, or of a checkpoint that lies in none.
+
+    Of an ensemble it is one beside the run of the first member, `<run without its fold>_ensemble`, or `ensemble` beside
+    the checkpoint.
+    """
+    folder = members[0].path.parent
+    home = folder.parent if folder.name == "weights" else folder
+    if len(members) == 1:
+        return home
+    if folder.name != "weights":
+        return home / "ensemble"
+    if not home.name.strip("."):  # . and .. are no names of runs
+        home = home.resolve()
+    return home.with_name(re.sub(r"_fold_\d+$", "", home.name) + "_ensemble")
+
+
+def _folder_name(words: Sequence[str]) -> str:
+    """What a folder of outputs is called after: the input file, or folder; of a glob that in which it begins."""
+    path = Path(words[0]).expanduser() if words[0].startswith("~/") else Path(words[0])
+    while not path.exists():
+        path = path.parent
+    path = path.resolve()
+    return (path.stem if path.is_file() else path.name) or "images"
+
+
+def _require_unseen(members: Sequence[Member], split: str) -> None:
+    """Refuse to measure an ensemble on images that are not the same part of the data to all of its members."""
+    first = members[0].task.pairs(split)
+    known = {pair.image.name for pair in first}
+    for other in members[1:]:
+        if known != {pair.image.name for pair in other.task.pairs(split)}:
+            raise ConfigError(
+                f"the {split} images of {members[0].path} and {other.path} are not the same: measure an ensemble of "
+                "folds on --split test, or each fold on its own images with --cv"
+            )
+
+
+def require_own(folder: Path, split: str | None) -> None:
+    """Refuse a folder that holds predictions of another split: the two would lie in one heap. None stands for files."""
+    other = "files" if split is not None and (folder / JOURNAL).exists() else None
+    with suppress(OSError, ValueError, AttributeError):
+        other = other or json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("split")
+    if other not in (None, split):
+        raise ConfigError(f"{folder} holds the predictions of {other}: give another --output")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed have left among the outputs."""
+    for kind in KINDS:
+        for below in (folder / kind, *(folder / kind).rglob("*/")):
+            remove_leftovers(below)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
