@@ -97,7 +97,7 @@ def _tune(request: "Request") -> int:
 
     tuned = tune(request)
     print(tuned.block)
-    print(f"\nWritten to {', '.join(map(str, tuned.paths))}, and used from now on")
+    print("\nUsed from now on, and written to:", *tuned.paths, sep="\n  ")
     return 0
 
 

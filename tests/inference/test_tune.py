@@ -16,7 +16,7 @@ from ml_src.core.data.files import Pair
 from ml_src.core.inference import planes
 from ml_src.core.inference.inputs import Input
 from ml_src.core.inference.planes import Plane
-from ml_src.core.inference.postprocess import apply_postprocessing, load_chain, save_chain
+from ml_src.core.inference.postprocess import apply_postprocessing, chain_path, load_chain
 from ml_src.core.inference.predictor import Predicted
 from ml_src.core.inference.tune import Case, Judging, as_word, candidates, case_of, search
 from ml_src.core.metrics.segmentation import ConfusionMatrix
@@ -99,12 +99,12 @@ def test_specks_are_cured_and_the_chain_is_used_from_then_on(data: Path, capsys:
 
 
 def test_where_nothing_helps_that_is_kept_too(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An older chain, and that of the configuration, are no longer used then."""
+    """An older chain, be it damaged, and that of the configuration are no longer used then."""
     closing = {"inference.postprocess": [{"type": "closing", "radius": 7}]}
     run_dir = speckled_run(Path("runs/my_fold_0"), data, fold=0, speck=0, **closing)
     best = run_dir / "weights" / "best.pt"
     assert dice_of("--checkpoint_path", str(best), "--split", "val") < 1.0
-    save_chain(best, parse_steps(["opening,radius=9"]), {})
+    chain_path(best).write_text("no chain")
     assert inference.main(["--checkpoint_path", str(run_dir), "--tune_postprocess"]) == 0
     assert load_chain(best) == []
     assert "Chosen: no post-processing, as no step helps." in capsys.readouterr().out

@@ -168,5 +168,5 @@ def require_same_classes(members: Sequence[Member]) -> None:
                 names = [listed(each, 6) if isinstance(each, list) else str(each) for each in (one, two)]
                 raise ConfigError(
                     f"{first.path} has the {what} {names[0]}, but {other.path} has {names[1]}: "
-                    "an ensemble needs networks of the same classes"
+                    "give networks of the same classes"
                 )

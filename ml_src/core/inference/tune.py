@@ -348,7 +348,7 @@ def _in_words(rounds: Sequence[Round], facts: Mapping[str, Any]) -> str:
     lines = [f"Post-processing, chosen on {facts['num_images']} validation images (95 % intervals over {over}):"]
     for number, one in enumerate(rounds, start=1):
         lines += ["", f"  Round {number}: mean Dice is {one.dice:.4f}, {len(one.tried)} steps tried, the best of them:"]
-        lines += [f"    {_row(each, one.dice)}" for each in _to_show(one)]
+        lines += _rows(one)
         if one.kept is not None:
             lines.append(f"  Kept: {as_word(one.kept.step)}")
         else:
@@ -359,7 +359,7 @@ def _in_words(rounds: Sequence[Round], facts: Mapping[str, Any]) -> str:
         lines += [
             "",
             f"Chosen: {' '.join(steps)}",
-            f"Mean Dice rises from {before:.4f} to {after:.4f} ({_gain(after - before, interval)}).",
+            f"Mean Dice rises from {before:.4f} to {after:.4f}: {_gain(after - before, interval)}.",
             "The same images have chosen and judged the steps, so this gain is a little too good.",
         ]
     else:
@@ -367,15 +367,17 @@ def _in_words(rounds: Sequence[Round], facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _to_show(one: Round) -> list[Tried]:
-    """The best few, and the one that was kept."""
+def _rows(one: Round) -> list[str]:
+    """The best few as a table, with the one that was kept."""
     shown = one.tried[:SHOWN]
-    return shown if one.kept is None or one.kept in shown else [*shown, one.kept]
-
-
-def _row(tried: Tried, before: float) -> str:
-    return f"{as_word(tried.step)}: {tried.dice:.4f} ({_gain(tried.dice - before, tried.interval)})"
+    if one.kept is not None and one.kept not in shown:
+        shown = [*shown, one.kept]
+    width = max((len(as_word(each.step)) for each in shown), default=0)
+    return [
+        f"    {as_word(each.step):{width}}  {each.dice:.4f}  {_gain(each.dice - one.dice, each.interval)}"
+        for each in shown
+    ]
 
 
 def _gain(gain: float, interval: Sequence[float] | None) -> str:
-    return f"{gain:+.4f}" + ("" if interval is None else f", {interval[0]:+.4f} to {interval[1]:+.4f}")
+    return f"{gain:+.4f}" + ("" if interval is None else f" ({interval[0]:+.4f} to {interval[1]:+.4f})")
