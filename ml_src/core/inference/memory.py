@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from torch.autograd import DeviceType
 from torch.autograd.profiler import profile
 
 from ml_src.core.errors import ConfigError
@@ -88,9 +87,9 @@ def _left_in_container(root: Path) -> Iterator[int]:
 def give_back_freed_memory() -> None:
     """Tell glibc to hand large freed blocks back at once: the opposite of `device.keep_freed_memory`, and undoes it.
 
-    Without this the heap has holes that no later block fits into, and grows to twice what is in use, more with each
-    change of shape: no bound could be promised. The price are new pages, which the system zeroes, for every block.
-    Other C libraries have no such setting; nothing is done.
+    Without this the heap has holes that no later block fits into, and grows to more than twice what is in use, the more
+    the more often shapes change: no bound could be promised. The price is that every block is new pages, which the
+    system zeroes: a step takes up to half as long again. Other C libraries have no such setting; nothing is done.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -116,7 +115,8 @@ def measure(predict: Callable[[int], object]) -> Need:
     than the pixels do, which convolutions keep to; global attention does not.
 
     Args:
-        predict: makes a batch of one tile of the side that it is given, and predicts it as later ones will be.
+        predict: makes a batch of one tile of the side that it is given, in pixels, and predicts it as later ones will
+            be, in the thread that calls it.
     """
     # Each block is constant (weights in another layout: at most what a tiny tile takes) or goes with the pixels.
     fixed, large = _peak(predict, SMALL), _peak(predict, LARGE)
@@ -132,7 +132,7 @@ def _peak(predict: Callable[[int], object], side: int) -> int:
     events = [
         event
         for event in profiler.kineto_results.events()
-        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
+        if event.name() == "[memory]" and event.device_type().name == "CPU"
     ]
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
