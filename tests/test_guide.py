@@ -4,6 +4,7 @@ The texts below are the contract with the user: a test that fails here says that
 the product, not the text. Flags that only make a training small are added behind the words of the guide (`SMALL`).
 """
 
+import csv
 import io
 import json
 import re
@@ -268,6 +269,45 @@ GRADIENT_ACCUMULATION = """
 
 STANDARD_INFERENCE = """
 ml-inference --checkpoint_path runs/my_seg_fold_0/weights/best.pt
+"""
+
+TTA_INFERENCE = """
+ml-inference --checkpoint_path runs/my_seg_fold_0/weights/best.pt --tta
+"""
+
+ENSEMBLE_INFERENCE = """
+ml-inference --ensemble \\
+  runs/my_seg_fold_0/weights/best.pt \\
+  runs/my_seg_fold_1/weights/best.pt \\
+  runs/my_seg_fold_2/weights/best.pt
+"""
+
+FOLDER_INFERENCE = """
+ml-inference --checkpoint_path runs/my_seg_fold_0/weights/best.pt --input data/new_images --output predicted
+"""
+
+CROSS_VALIDATION = """
+ml-inference --cv runs/my_seg_fold_0 runs/my_seg_fold_1 runs/my_seg_fold_2
+"""
+
+POSTPROCESSING = """
+# Specks
+ml-inference --checkpoint_path runs/my_seg_fold_0 --postprocess remove_small,area=30
+
+# With an area for each class
+ml-inference --checkpoint_path runs/my_seg_fold_0 --postprocess remove_small,area=1:30+2:100
+
+# Thin bridges, then gaps, of classes 1 and 2
+ml-inference --checkpoint_path runs/my_seg_fold_0 --postprocess opening,radius=2,classes=1+2 closing,classes=1+2
+
+# Holes of at most 50 pixels
+ml-inference --checkpoint_path runs/my_seg_fold_0 --postprocess fill_holes,area=50
+
+# One organ is one region
+ml-inference --checkpoint_path runs/my_seg_fold_0 --postprocess keep_largest,classes=1
+
+# Borders along edges
+ml-inference --checkpoint_path runs/my_seg_fold_0 --postprocess crf,radius=5,eps=0.001
 """
 
 EXAMPLE_OUTPUT = """\
@@ -693,6 +733,113 @@ def test_standard_inference_works_in_a_run_folder_of_any_name(quick_start: tuple
     assert len(list(Path("runs/my_seg_fold_0/inference/test/masks").iterdir())) == len(
         listed(home / "data/my_segmentation", "test")
     )
+
+
+# Inference
+
+
+@pytest.fixture(scope="module")
+def three_folds(quick_start: tuple[Path, Result]) -> Path:
+    """The folder of the quick start, in which three folds have been trained as runs/my_seg_fold_0 to 2."""
+    home, _ = quick_start
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        for fold in range(3):
+            expect(shell(f"{TRAIN_WITH_CONFIG.strip()} --fold {fold} --seed {fold} --run_name my_seg", SMALL))
+    return home
+
+
+@pytest.fixture
+def my_seg(three_folds: Path) -> Path:
+    """data/my_segmentation with the three runs, to be written to."""
+    shutil.copytree(three_folds / "data", "data")
+    for fold in range(3):
+        shutil.copytree(three_folds / f"runs/my_seg_fold_{fold}/weights", f"runs/my_seg_fold_{fold}/weights")
+    return Path("data/my_segmentation")
+
+
+def assert_printed_as_in_the_guide(result: Result) -> None:
+    lines = expect(result).out.splitlines()
+    for line, model in zip(lines, EXAMPLE_OUTPUT.splitlines(), strict=False):
+        assert re.sub(r"\d\.\d{4}$", "", line) == re.sub(r"\d\.\d{4}$", "", model)
+
+
+def probabilities(folder: str) -> NDArray[Any]:
+    """(N, H, W, C) of the images of a folder of outputs, by name."""
+    return np.stack([np.load(path)["probs"] for path in sorted(Path(folder, "probabilities").iterdir())]).astype(float)
+
+
+def labels(folder: str) -> NDArray[Any]:
+    """(N, H, W), likewise."""
+    return np.stack([read_mask(path) for path in sorted(Path(folder, "masks").iterdir())])
+
+
+def test_augmented_inference_is_the_mean_over_mirrored_images(my_seg: Path) -> None:
+    """Of files that are mirrored one by one, predicted without --tta, and mirrored back."""
+    assert_printed_as_in_the_guide(shell(TTA_INFERENCE.strip() + " --save_probs npz"))
+    axes: list[tuple[int, ...]] = [(), (1,), (0,), (0, 1)]
+    for number, flipped in enumerate(axes):
+        Path(f"views/{number}").mkdir(parents=True)
+        for line in listed(my_seg, "test"):
+            pixels = np.flip(np.array(Image.open(my_seg / line)), flipped)
+            Image.fromarray(pixels).save(f"views/{number}/{Path(line).stem}.png")
+        command = "ml-inference --checkpoint_path runs/my_seg_fold_0/weights/best.pt --save_probs npz"
+        expect(shell(f"{command} --input views/{number} --output seen/{number}"))
+    seen = [np.flip(probabilities(f"seen/{number}"), [1 + axis for axis in axes[number]]) for number in range(4)]
+    merged = probabilities("runs/my_seg_fold_0/inference/test")
+    assert np.abs(merged - np.mean(seen, axis=0)).max() < 0.001 < np.abs(merged - seen[0]).max()  # float16
+
+
+def test_an_ensemble_of_folds_is_the_mean_of_its_members(my_seg: Path) -> None:
+    assert_printed_as_in_the_guide(shell(ENSEMBLE_INFERENCE.strip() + " --save_probs npz"))
+    for fold in range(3):
+        expect(shell(f"ml-inference --checkpoint_path runs/my_seg_fold_{fold} --save_probs npz"))
+    alone = [probabilities(f"runs/my_seg_fold_{fold}/inference/test") for fold in range(3)]
+    merged = probabilities("runs/my_seg_ensemble/inference/test")
+    assert len(merged) == len(listed(my_seg, "test"))
+    assert np.abs(merged - np.mean(alone, axis=0)).max() < 0.001 < np.abs(merged - alone[0]).max()
+
+
+def test_a_folder_of_new_images_is_predicted_without_masks(my_seg: Path) -> None:
+    """Only the checkpoint and the images are there; the table counts what the masks hold."""
+    (my_seg / "images").rename("data/new_images")
+    shutil.rmtree(my_seg)
+    assert "16 images predicted" in expect(shell(FOLDER_INFERENCE)).out
+    names = sorted(path.stem for path in Path("data/new_images").iterdir())
+    assert sorted(path.stem for path in Path("predicted/masks").iterdir()) == names
+    with Path("predicted/predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == names
+    counts = [[int(row[f"pixels_{name}"]) for name in ("background", "organ_1", "organ_2")] for row in rows]
+    assert counts == [np.bincount(mask.ravel(), minlength=3).tolist() for mask in labels("predicted")]
+
+
+def test_cross_validation_measures_each_image_outside_the_test_set_once(my_seg: Path) -> None:
+    out = expect(shell(CROSS_VALIDATION)).out
+    assert out.startswith("Cross-validated Results:\n")
+    metrics = json.loads(Path("runs/my_seg_cv/metrics.json").read_text())
+    measured = [image["image"] for image in metrics["per_image"]]
+    assert measured == [Path(line).name for fold in range(3) for line in listed(my_seg, f"fold_{fold}_val")]
+    assert len(labels("runs/my_seg_cv")) == len(measured) == np.sum([fold["num_images"] for fold in metrics["folds"]])
+
+
+@pytest.mark.parametrize("command", command_lines(POSTPROCESSING), ids=lambda line: line.split(",")[0].split()[-1])
+def test_each_step_of_post_processing_is_recorded_beside_the_scores(my_seg: Path, command: str) -> None:
+    assert_printed_as_in_the_guide(shell(command))
+    metrics = json.loads(Path("runs/my_seg_fold_0/inference/test/metrics.json").read_text())
+    words = command.partition("--postprocess ")[2].split()
+    assert [step["type"] for step in metrics["how"]["postprocess"]] == [word.partition(",")[0] for word in words]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [STANDARD_INFERENCE, TTA_INFERENCE, ENSEMBLE_INFERENCE, FOLDER_INFERENCE, CROSS_VALIDATION, POSTPROCESSING],
+    ids=["standard", "tta", "ensemble", "folder", "cv", "postprocessing"],
+)
+def test_the_projects_own_guide_shows_these_commands(block: str) -> None:
+    """docs/guide.md has them to the letter, so that what runs here is what is read there."""
+    guide = (Path(__file__).parents[1] / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert block.strip() in guide
 
 
 # Dataset Preparation
