@@ -129,6 +129,18 @@ def parse_steps(words: Sequence[str]) -> list[PostprocessStep]:
     return [] if list(words) == ["none"] else [_parse(word) for word in words]
 
 
+def as_word(step: PostprocessStep) -> str:
+    """Return a step as --postprocess takes it."""
+    contents = steps_to_yaml([step])[0]
+    return ",".join([contents.pop("type"), *(f"{key}={_as_word(value)}" for key, value in contents.items())])
+
+
+def _as_word(value: Any) -> str:
+    if isinstance(value, dict):
+        return "+".join(f"{key}:{each}" for key, each in value.items())
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def steps_to_yaml(steps: Iterable[PostprocessStep]) -> list[dict[str, Any]]:
     """Return steps as plain data, without what they leave to the defaults."""
     return [{"type": step.type, **step.model_dump(exclude_defaults=True)} for step in steps]

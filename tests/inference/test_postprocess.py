@@ -417,6 +417,40 @@ def test_a_turned_or_mirrored_map_gives_the_turned_or_mirrored_result(
     assert np.array_equal(processed(moved(labels), [step]), moved(processed(labels, [step])))
 
 
+def blobs(seed: int) -> Labels:
+    """A map of 50 x 40 with regions of many sizes, and a corner and specks without data."""
+    rng = np.random.default_rng(seed)
+    smooth = ndimage.gaussian_filter(rng.normal(size=(50, 40)), 1.5)
+    labels = np.digitize(smooth / smooth.std() + rng.normal(size=(50, 40)) / 3, [0.2, 1.0]).astype(np.uint8)
+    labels[rng.random((50, 40)) < 0.02] = labels[:9, 30:] = NODATA
+    return labels
+
+
+WORDS = ["opening,radius=1", "opening,radius=3", "closing,radius=1", "closing,radius=3", "fill_holes,area=12"]
+WORDS += ["remove_small,area=20", "keep_largest", "remove_small,area=6,classes=0+1+2"]
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("seed", range(3))
+def test_larger_regions_and_radii_are_as_exact(word: str, seed: int) -> None:
+    (step,), labels = parse_steps([word]), blobs(seed)
+    expected = labels
+    for value in classes_of(step):
+        expected = reference(expected, step, value).astype(np.uint8)
+    assert (expected != labels).any()
+    for num_rows in (1, 2, 7, 50):
+        assert drawn(in_bands(labels, [step], 40 * num_rows)) == drawn(expected)
+
+
+@pytest.mark.parametrize("word", [*WORDS, "crf,radius=3"])
+def test_a_class_whose_number_says_no_data_is_left_alone(word: str) -> None:
+    labels = np.where(blobs(0) == NODATA, 1, blobs(0)).astype(np.uint8)
+    steps, image = parse_steps([word]), np.random.default_rng(0).integers(0, 255, (50, 40, 3), np.uint8)
+    for nodata in range(3):
+        result = apply_postprocessing(Plane.of(labels), steps, 3, nodata, lambda top, bottom: image[top:bottom]).whole()
+        assert np.array_equal(result == nodata, labels == nodata)
+
+
 @given(MAPS)
 def test_filling_holes_of_any_size_is_what_scipy_calls_so(labels: Labels) -> None:
     mask = (labels == 1).astype(np.uint8)
@@ -498,6 +532,20 @@ def test_crf_is_the_same_by_bands(pair: tuple[Labels, Labels], step: Crf, pixels
     assert np.array_equal(tiled, processed(labels, [step], image))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("radius", [2, 5])
+def test_crf_is_the_same_by_bands_where_all_is_near_a_border(
+    radius: int, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = np.random.default_rng(radius).normal(100, 30, (50, 40, 3)).clip(0, 255).astype(dtype)
+    step = Crf(type="crf", radius=radius, eps=1e-6)
+    whole = processed(blobs(radius), [step], image)
+    assert (whole != blobs(radius)).sum() > 100
+    monkeypatch.setattr("ml_src.core.inference.refine.TILE", 7)
+    for num_rows in (1, 3, 50):
+        assert np.array_equal(in_bands(blobs(radius), [step], 40 * num_rows, image), whole)
+
+
 @given(GUIDED, CRFS)
 def test_crf_brings_a_pixel_only_a_class_that_is_within_the_radius(pair: tuple[Labels, Labels], step: Crf) -> None:
     result = processed(pair[0], [step], pair[1])
@@ -506,6 +554,23 @@ def test_crf_brings_a_pixel_only_a_class_that_is_within_the_radius(pair: tuple[L
             max(0, row - step.radius) : row + step.radius + 1, max(0, column - step.radius) : column + step.radius + 1
         ]
         assert result[row, column] in pair[0][part]
+
+
+def test_not_even_a_class_that_is_large_beyond_the_radius() -> None:
+    labels = np.random.default_rng(0).integers(1, 60, (30, 40), np.uint8)
+    labels[:, 20:] = 0
+    result = processed(labels, "crf,radius=3", np.zeros((30, 40, 1), np.uint8), num_classes=60)
+    assert (result[:, 17:20] == 0).any() and (result[:, :17] > 0).all()
+
+
+def test_shares_that_are_equal_are_equal_by_bands() -> None:
+    """Each row has every class twice, in every window: all shares are a third, which no binary number is."""
+    rng = np.random.default_rng(0)
+    labels = np.stack([rng.permutation([0, 0, 1, 1, 2, 2]) for _ in range(60)]).astype(np.uint8)
+    image, step = np.full((60, 6, 1), 9, np.uint8), Crf(type="crf", radius=5)
+    whole = processed(labels, [step], image)
+    for num_rows in (1, 4, 11):
+        assert drawn(in_bands(labels, [step], 6 * num_rows, image)) == drawn(whole)
 
 
 def shifted_border() -> tuple[Labels, Labels, Labels]:
@@ -525,11 +590,15 @@ def test_crf_moves_a_border_to_the_edge_that_the_image_shows() -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.float32])
 def test_crf_stretches_images_that_are_not_8_bit(dtype: Any) -> None:
-    """Whether 0 to 255 or 20 times that, far from 0: what counts is the difference beside what the image shows."""
-    truth, labels, image = shifted_border()
-    stretched = (image.astype(np.float64) * 20 + 12000).astype(dtype)
-    result = processed(labels, "crf", stretched, num_classes=2)
-    assert (result != truth).sum() < 12
+    """Far from 0, and with a pixel that is far brighter: black and white are two deviations from the mean."""
+    _, labels, image = shifted_border()
+    image = (image.astype(np.float64) * 20 + 12000).astype(dtype)
+    image[3, 3] = 30000
+    low = image.mean((0, 1), np.float64) - 2 * image.std((0, 1), np.float64)
+    levels = np.clip(np.rint((image - low) * 255 / (4 * image.std((0, 1), np.float64))), 0, 255).astype(np.uint8)
+    for eps in (1e-6, 1e-3, 1e-2, 1e-1):
+        step = Crf(type="crf", eps=eps)
+        assert np.array_equal(processed(labels, [step], image), processed(labels, [step], levels))
 
 
 def test_what_an_image_shows_without_data_guides_nothing() -> None:

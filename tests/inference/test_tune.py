@@ -18,9 +18,9 @@ from ml_src.core.inference.inputs import Input
 from ml_src.core.inference.planes import Plane
 from ml_src.core.inference.postprocess import apply_postprocessing, chain_path, load_chain
 from ml_src.core.inference.predictor import Predicted
-from ml_src.core.inference.tune import Case, Judging, as_word, candidates, case_of, search
+from ml_src.core.inference.tune import Case, Judging, candidates, case_of, search
 from ml_src.core.metrics.segmentation import ConfusionMatrix
-from ml_src.core.postprocess_specs import PostprocessStep, misfits, parse_steps
+from ml_src.core.postprocess_specs import PostprocessStep, as_word, misfits, parse_steps
 
 JUDGING = Judging(3, 255)
 

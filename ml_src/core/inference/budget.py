@@ -98,8 +98,9 @@ def _of_tiles(infos: Sequence[ImageInfo], engine: Engine, options: Options, tile
     info = max(infos, key=lambda info: info.width)
     num_values = engine.members[0].config.data.num_classes + options.uncertainty
     width = engine.intake.size[1] if engine.intake.size else info.width
-    rows = tile * max(width, info.width)
-    # the sums, a copy of what is finished and of what is kept; then int64 labels, and the values in other orders
-    blended = rows * (3 * 4 * num_values + 9 + 4 * num_values * (options.probabilities + options.uncertainty))
+    sums = 4 * num_values * tile * max(width, info.width)
+    # a band of values that becomes int64 labels, and is put into other orders
+    band = min(planes.BAND, info.height * info.width) * (9 + 4 * num_values * (1 + options.probabilities))
+    blended = sums + 2 * band
     ahead = (engine.batch_size + READERS) * tile**2 * info.channels * np.dtype(info.dtype).itemsize
     return blended + ahead + 2 * MOST_BYTES * info.windowed

@@ -26,7 +26,7 @@ from ml_src.core.inference.jobs import (
 from ml_src.core.inference.measure import Compared, Measuring, compare_split, groups_of, report, results, split_items
 from ml_src.core.inference.members import Member, checkpoints, require_same_classes
 from ml_src.core.inference.postprocess import load_chain
-from ml_src.core.inference.predictor import Predicted
+from ml_src.core.inference.predictor import Options, Predicted
 from ml_src.core.progress import progress_bar
 
 VAL_LIST = re.compile(r"fold_(\d+)_val_images\.txt")
@@ -70,7 +70,11 @@ def open_folds(request: Request) -> list[Fold]:
         _require_same_data(folds[0].member, fold.member)
     require_same_classes([fold.member for fold in folds])
     _require_each_image_once(folds)
-    return folds
+    return [Fold(replace(fold.job, options=_bounded(fold))) for fold in folds]
+
+
+def _bounded(fold: Fold) -> Options:
+    return bounded(fold.job, split_items(fold.member, "val"), measured=True)
 
 
 def _require_same_data(first: Member, other: Member) -> None:
@@ -136,8 +140,7 @@ def measure_folds(request: Request) -> Measured:
         def keep(predicted: Predicted) -> None:
             write_outputs(folder, predicted, drawn, fold.job.config)
 
-        options = bounded(fold.job, split_items(fold.member, "val"), measured=True)
-        return compare_split(fold.job.members, "val", options, fold.job.steps, how, keep, advance)
+        return compare_split(fold.job.members, "val", fold.job.options, fold.job.steps, how, keep, advance)
 
     def scored(found: Sequence[Compared], groups: list[str] | None) -> dict[str, Any]:
         return report(found, config.class_names, config.ignore_index, groups, how)

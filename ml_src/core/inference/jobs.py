@@ -38,7 +38,7 @@ from ml_src.core.inference.writers import (
     write_probabilities,
     write_uncertainty,
 )
-from ml_src.core.postprocess_specs import PostprocessStep, misfits, parse_steps, steps_to_yaml
+from ml_src.core.postprocess_specs import PostprocessStep, as_word, misfits, parse_steps, steps_to_yaml
 from ml_src.core.progress import progress_bar
 
 MERGES: dict[str, Aggregation] = {"soft_voting": "mean", "hard_voting": "voting", "weighted": "mean"}
@@ -208,7 +208,7 @@ def _steps(request: Request, members: Sequence[Member]) -> list[PostprocessStep]
                 "the checkpoints have different chains of post-processing: give one with --postprocess, or none"
             )
         if tuned[0] is not None:
-            log.info("post-processing as tuned: %s", ", ".join(step.type for step in steps) or "none")
+            log.info("post-processing as tuned: %s", " ".join(map(as_word, steps)) or "none")
     if problems := misfits(steps, members[0].config.data.num_classes):
         raise ConfigError(f"{source}: {problems[0]}")
     return steps
@@ -224,6 +224,7 @@ def predict_files(request: Request, words: Sequence[str], recursive: bool, stric
     folder = request.output or home_of(job.members) / "inference" / _folder_name(words)
     items = find_inputs(words, recursive, folder)
     require_own(folder, None)
+    job = replace(job, options=replace(bounded(job, items, measured=False), folder=folder))
     journal = Journal(folder, {**job.how, **_outputs(request)}, resume)
     _remove_leftovers(folder)
     waiting = [item for item in items if not journal.finished(item)]
@@ -250,10 +251,10 @@ def predict_files(request: Request, words: Sequence[str], recursive: bool, stric
         )
         journal.record(predicted.item, done)
 
-    problems, options = [], replace(bounded(job, waiting, measured=False), folder=folder)
+    problems = []
     with progress_bar("predicting", len(waiting), least=1) as advance:
         for item, result in zip(
-            waiting, label_maps(waiting, job.members, options, job.steps, finish, advance), strict=True
+            waiting, label_maps(waiting, job.members, job.options, job.steps, finish, advance), strict=True
         ):
             if isinstance(result, Failed):
                 if strict:
@@ -278,6 +279,7 @@ def measure_split(request: Request, split: str) -> Measured:
     _require_unseen(job.members, split)
     folder = request.output or home_of(job.members) / "inference" / split
     require_own(folder, split)
+    job = replace(job, options=bounded(job, split_items(job.members[0], split), measured=True))
     (folder / "metrics.json").unlink(missing_ok=True)  # its presence says that what lies beside it is complete
     _remove_leftovers(folder)
     drawn = replace(request, overlay=True)
@@ -287,8 +289,7 @@ def measure_split(request: Request, split: str) -> Measured:
 
     how = Measuring(request.tolerance, request.pixel_size)
     with progress_bar(f"predicting {split}", job.members[0].task.num_images(split), least=1) as advance:
-        options = bounded(job, split_items(job.members[0], split), measured=True)
-        report = split_report(job.members, split, options, job.steps, how, keep, advance)
+        report = split_report(job.members, split, job.options, job.steps, how, keep, advance)
     write_json(
         folder / "metrics.json",
         {"split": split, "checkpoints": [str(member.path) for member in job.members], "how": job.how, **report},

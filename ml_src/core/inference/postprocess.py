@@ -76,7 +76,7 @@ def apply_postprocessing(
             continue
         present = _present(labels)
         for value in named_classes(step) or range(1, num_classes):
-            if present[value]:
+            if present[value] and value != nodata:
                 labels = _apply(step, Layer(labels, value, nodata))
     return labels
 

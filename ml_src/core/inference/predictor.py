@@ -117,7 +117,8 @@ class Band(NamedTuple):
     number: int  # of the image
     scene: Scene | None
     top: int
-    values: NDArray[np.float32]  # (K, n, W): C probabilities and, for the uncertainty, the members' mean entropy
+    # (K, n, W), good until the next band is asked for: C probabilities and, for the uncertainty, the mean entropy
+    values: NDArray[np.float32]
     problem: DataError | None = None
 
 
@@ -300,7 +301,8 @@ class Engine:
         assert self._blender is not None
         self._blender.add(work.row, work.column, tile)
         if work.column + 1 == len(grid.columns.parts):
-            yield from self._of_file(work, *self._blender.finished(work.row))
+            for top, values in self._blender.finished(work.row, band_height(scene.canvas)):
+                yield from self._of_file(work, top, values)
 
     def _of_file(self, work: Work, top: int, values: NDArray[np.float32]) -> Iterator[Band]:
         """Bands at the size of the file; where the network sees another size, once its whole canvas is done."""
@@ -332,7 +334,7 @@ def evened(bands: Iterable[Band]) -> Iterator[Band]:
             if band.scene is None:
                 yield band
                 continue
-            rest = np.concatenate([rest, band.values], axis=1) if rest.size else band.values
+            rest = np.concatenate([rest, band.values], axis=1) if rest.size else band.values.copy()
             height, bottom = band_height(band.scene.size), band.top + band.values.shape[1]
             while rest.shape[1] >= height or (rest.size and bottom == band.scene.size[0]):
                 yield Band(band.number, band.scene, top, rest[:, :height])

@@ -105,7 +105,7 @@ def _refine_tiles(labels: Labels, levels: Levels, inside: Bools, classes: Sequen
 def refine(
     labels: Labels, levels: Levels, inside: Bools, classes: Sequence[int], radius: int, eps: float
 ) -> NDArray[Any]:
-    """Filter the one-hot planes of some classes as the image suggests, and take the largest (of several, the lowest).
+    """Filter the one-hot planes of some classes as the image suggests, and take the largest.
 
     Args:
         labels: (n, W).
@@ -115,12 +115,13 @@ def refine(
         radius: windows are of 2 * radius + 1 pixels a side.
         eps: variance of the full range as 1, above which something is an edge.
     """
-    one_hot = {c: mask for c in classes if (mask := ((labels == c) & inside).view(np.uint8)).any()}
+    one_hot = {c: ((labels == c) & inside).view(np.uint8) for c in np.flatnonzero(np.bincount(labels[inside]))}
     near = {c: _window_sums(mask, radius) for c, mask in one_hot.items()}
-    movable = inside & (sum((counts > 0).view(np.uint8) for counts in near.values()) > 1)
+    counts = _window_sums(inside.view(np.uint8), radius)
+    movable = inside & ~np.logical_or.reduce([of_class == counts for of_class in near.values()])
     if not movable.any():
         return labels
-    model = _LocalModels(levels, inside, movable, radius, eps * WHITE**2)
+    model = _LocalModels(levels, inside, counts, movable, radius, eps * WHITE**2)
     best, rest = np.full(len(model.targets), -np.inf), model.total
     chosen, refined = labels.ravel()[model.targets], labels.copy()
     for c, mask in one_hot.items():
@@ -138,18 +139,20 @@ class _LocalModels:
     Args:
         levels: the image, (n, W, C), 0 to WHITE.
         inside: (n, W), the pixels that count in a window.
+        counts: (n, W), how many these are in the window of each pixel.
         movable: (n, W), the pixels for which the mean is asked; all lie inside.
         radius: windows are of 2 * radius + 1 pixels a side.
         eps: added to the variance of each channel.
     """
 
-    def __init__(self, levels: Levels, inside: Bools, movable: Bools, radius: int, eps: float) -> None:
+    def __init__(
+        self, levels: Levels, inside: Bools, counts: NDArray[np.int32], movable: Bools, radius: int, eps: float
+    ) -> None:
         window = np.ones((2 * radius + 1, 2 * radius + 1), np.uint8)
         self._radius, self._shape = radius, inside.shape
         self._levels = [np.where(inside, levels[:, :, channel], 0) for channel in range(levels.shape[2])]
         self._sources = np.flatnonzero(cv2.dilate(movable.view(np.uint8), window) & inside)  # whose models are needed
         self.targets = np.flatnonzero(movable)
-        counts = _window_sums(inside.view(np.uint8), radius)
         self._weight, self.total = 1 / np.take(counts, self._sources), FIXED * np.take(counts, self.targets)
         self._means = [self._mean(level) for level in self._levels]
         covariances = [

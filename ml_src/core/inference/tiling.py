@@ -4,7 +4,7 @@ Tiles begin at multiples of 32 pixels, so that what a network pools together in 
 whole image. Their weights are products of one for the row and one for the column, which sum to 1 at every pixel.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import ceil
 from typing import NamedTuple
 
@@ -85,29 +85,44 @@ def _parts(length: int, tile: int, overlap: float) -> list[Part]:
 
 
 class Blender:
-    """Adds up the tiles of one image, a row of tiles after the other; of the image it holds one such row."""
+    """Adds up the tiles of one image, a row of tiles after the other; of the image it holds one such row.
+
+    The rows of pixels are kept in a ring, so that nothing as wide as the image is ever copied.
+    """
 
     def __init__(self, grid: Grid, num_channels: int) -> None:
         self.grid = grid
-        height = max(stop - start for start, stop in grid.rows.parts)
-        self._sums = np.zeros((num_channels, height, grid.size[1]), np.float32)
+        self._height = max(stop - start for start, stop in grid.rows.parts)
+        self._sums = np.zeros((num_channels, self._height, grid.size[1]), np.float32)
 
     def add(self, row: int, column: int, values: NDArray[np.float32]) -> None:
         """Add the values (K, h, w) of a tile."""
-        left, right = self.grid.columns.parts[column]
-        weights = self.grid.rows.weights[row][:, None] * self.grid.columns.weights[column]
-        self._sums[:, : values.shape[1], left:right] += values * weights
+        (top, bottom), (left, right) = self.grid.rows.parts[row], self.grid.columns.parts[column]
+        weighted = values * (self.grid.rows.weights[row][:, None] * self.grid.columns.weights[column])
+        for start, stop in self._pieces(top, bottom):
+            place = start % self._height
+            self._sums[:, place : place + stop - start, left:right] += weighted[:, start - top : stop - top]
 
-    def finished(self, row: int) -> tuple[int, NDArray[np.float32]]:
-        """After the last tile of a row: return (top, values (K, n, W)) of the pixels that no later tile meets."""
+    def finished(self, row: int, most: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """After the last tile of a row: yield (top, values (K, n, W)) of the pixels that no later tile meets.
+
+        At most `most` rows at a time. The values are good until the next are asked for.
+        """
         parts = self.grid.rows.parts
-        top = parts[row].start
         bottom = parts[row + 1].start if row + 1 < len(parts) else self.grid.size[0]
-        done = self._sums[:, : bottom - top].copy()
-        kept = self._sums.shape[1] - (bottom - top)
-        self._sums[:, :kept] = self._sums[:, bottom - top :].copy()
-        self._sums[:, kept:] = 0
-        return top, done
+        for start, stop in self._pieces(parts[row].start, bottom):
+            for top in range(start, stop, most):
+                place = top % self._height
+                done = self._sums[:, place : place + min(most, stop - top)]
+                yield top, done
+                done[:] = 0
+
+    def _pieces(self, top: int, bottom: int) -> Iterator[Part]:
+        """Cut rows where the ring begins again."""
+        end = (top // self._height + 1) * self._height
+        yield Part(top, min(end, bottom))
+        if end < bottom:
+            yield Part(end, bottom)
 
 
 def enlarged(canvas: NDArray[np.float32], size: Size, top: int, bottom: int) -> NDArray[np.float32]:

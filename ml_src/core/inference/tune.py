@@ -40,8 +40,8 @@ from ml_src.core.postprocess_specs import (
     Opening,
     PostprocessStep,
     RemoveSmall,
+    as_word,
     named_classes,
-    steps_to_yaml,
 )
 from ml_src.core.progress import progress_bar
 from ml_src.core.transforms.source import Window
@@ -329,18 +329,6 @@ def _sizes(areas: Ints) -> list[int]:
     areas = np.sort(areas)
     half = areas[np.searchsorted(np.cumsum(areas), areas.sum() / 2)]
     return [round(size) for size in np.geomspace(areas[0], half, NUM_SIZES).tolist()]
-
-
-def as_word(step: PostprocessStep) -> str:
-    """Return a step as --postprocess takes it."""
-    contents = steps_to_yaml([step])[0]
-    return ",".join([contents.pop("type"), *(f"{key}={_as_word(value)}" for key, value in contents.items())])
-
-
-def _as_word(value: Any) -> str:
-    if isinstance(value, dict):
-        return "+".join(f"{key}:{each}" for key, each in value.items())
-    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _in_words(rounds: Sequence[Round], facts: Mapping[str, Any]) -> str:
