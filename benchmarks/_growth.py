@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,20 +84,21 @@ def scene(folder: Path, side: int) -> list[dict[str, Any]]:
     across = -(-side // TILE)
     pictures = [rng.integers(0, 16, (TILE, TILE, 3), dtype=np.uint8) * 16 for _ in range(8)]
     rare, none = np.eye(TILE, dtype=np.uint8), np.zeros((TILE, TILE), np.uint8)
-    contents = {
-        "image": (pictures[index % 8] for index in range(across**2)),
-        "mask": (rare if index % 50 == 7 else none for index in range(across**2)),
-    }
-    for name, tiles in contents.items():
-        shape, colours = ((side, side, 3), "rgb") if name == "image" else ((side, side), "minisblack")
-        how = {"tile": (TILE, TILE), "compression": "deflate", "photometric": colours}
-        tifffile.imwrite(folder / f"{name}.tif", tiles, shape=shape, dtype=np.uint8, **how)
+    write_tiled(folder / "image.tif", side, (pictures[index % 8] for index in range(across**2)), 3)
+    write_tiled(folder / "mask.tif", side, (rare if index % 50 == 7 else none for index in range(across**2)), 1)
     rows = []
     for what, flag in (("anywhere", ""), ("on a rare class", "classes")):
         _, _, output = run([sys.executable, "-c", SCENE, str(folder), flag])
         first, median, memory = map(float, output.split())
         rows.append({"crop": what, "side": side, "first ms": first, "median ms": median, "MiB on top": memory})
     return rows
+
+
+def write_tiled(path: Path, side: int, tiles: Iterable[np.ndarray], channels: int) -> None:
+    """Write a square, compressed TIFF from tiles of (TILE, TILE, 3) or (TILE, TILE), row by row; the last are cut."""
+    shape, colours = ((side, side, 3), "rgb") if channels == 3 else ((side, side), "minisblack")
+    how = {"tile": (TILE, TILE), "compression": "deflate", "photometric": colours}
+    tifffile.imwrite(path, tiles, shape=shape, dtype=np.uint8, **how)
 
 
 def growth(folder: Path, most_files: int, most_pairs: int) -> list[dict[str, Any]]:
@@ -159,10 +161,11 @@ open(sys.argv[1], "w").write(str(usage.ru_maxrss / 1024))
 """
 
 
-def run(words: list[str]) -> tuple[float, float, str]:
-    """Seconds, peak memory in MiB and output of a whole process."""
+def run(words: list[str], stderr: int | None = None) -> tuple[float, float, str]:
+    """Seconds, peak memory in MiB and output of a whole process; `subprocess.STDOUT` adds what it says on stderr."""
     with tempfile.NamedTemporaryFile("r") as peak:
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", LAUNCH, peak.name, *words], stdout=subprocess.PIPE, text=True)
+        launch = [sys.executable, "-c", LAUNCH, peak.name, *words]
+        done = subprocess.run(launch, stdout=subprocess.PIPE, stderr=stderr, text=True)
         seconds = time.perf_counter() - start
         return seconds, float(peak.read()), done.stdout

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ml_src.core.inference import planes
 from ml_src.core.inference.inputs import Input
 from ml_src.core.inference.members import Member, weighted
-from ml_src.core.inference.predictor import Failed, Options, Predicted, predict
+from ml_src.core.inference.predictor import Failed, Options, Predicted, most_probable, predict
 from ml_src.core.inference.views import parse_views
 
 
@@ -193,6 +193,13 @@ def test_pixels_without_data_get_no_class(tmp_path: Path) -> None:
     assert one.probs and one.uncertainty
     assert np.isnan(one.probs.whole()[10:20, 30:50]).all() and np.isnan(one.probs.whole()).sum() == 600
     assert np.isnan(one.uncertainty.whole()).sum() == 200
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 3, 300])
+def test_the_most_probable_class_is_that_of_an_argmax_and_of_equals_the_first(num_classes: int) -> None:
+    probs = np.random.default_rng(0).integers(0, 4, (num_classes, 30, 20)).astype(np.float32)
+    labels = most_probable(probs, np.dtype(np.uint16))
+    assert np.array_equal(labels, probs.argmax(axis=0)) and labels.dtype == np.uint16
 
 
 def test_progress_is_told_in_parts_of_images(grays: list[Path]) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from ml_src.core.atomic import remove_leftovers, write_json
 from ml_src.core.config import Config
+from ml_src.core.data.files import image_info
 from ml_src.core.data.geotiffs import georeference, require_rasterio
 from ml_src.core.device import choose_device, keep_freed_memory
 from ml_src.core.errors import ConfigError, DataError
@@ -224,6 +225,8 @@ def predict_files(request: Request, words: Sequence[str], recursive: bool, stric
     folder = request.output or home_of(job.members) / "inference" / _folder_name(words)
     items = find_inputs(words, recursive, folder)
     require_own(folder, None)
+    if any(_is_scene(item) for item in items):  # whose memory is to be that of its rows of tiles
+        give_back_freed_memory()
     job = replace(job, options=replace(bounded(job, items, measured=False), folder=folder))
     journal = Journal(folder, {**job.how, **_outputs(request)}, resume)
     _remove_leftovers(folder)
@@ -320,6 +323,13 @@ def write_outputs(folder: Path, predicted: Predicted, request: Request, config: 
     if request.polygons:
         files.append(write_polygons(at("polygons"), labels, config.class_names, nodata, item.path))
     return files
+
+
+def _is_scene(item: Input) -> bool:
+    """Whether an image is read by windows."""
+    with suppress(DataError):  # whoever reads it names it
+        return item.path.suffix.lower() in (".tif", ".tiff") and image_info(item.path).windowed
+    return False
 
 
 def _outputs(request: Request) -> Mapping[str, Any]:
