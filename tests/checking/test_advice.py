@@ -230,7 +230,7 @@ def test_a_link_to_itself_is_a_finding(folder: str, tmp_path: Path, capsys: pyte
 
 def test_a_file_without_permission_is_not_called_damaged() -> None:
     path = Path("data/masks/0.png")
-    problem = f"{path} cannot be read ({os.strerror(errno.EACCES)}): replace the file or remove the pair"
+    problem = f"{path} cannot be read ({os.strerror(errno.EACCES)}): replace the file or leave it out"
     looks = [Look(ImageLook(Path("data/images/0.png")), (MaskLook(path, None, problem, cause="damaged_file"),))]
     (finding,) = find(looks, Path("data"))
     assert finding.kind == "no_permission"

@@ -394,7 +394,7 @@ def pointer(path: Path) -> None:
         (smaller, "is 6x4 pixels (width x height) but {image} is 12x8: which size is right?"),
         (cut_short, "cannot be read ("),
         (pointer, "is a Git LFS pointer, not the picture itself: run git lfs pull"),
-        (Path.touch, "is empty: restore the file or remove the pair"),
+        (Path.touch, "is empty: restore the file or leave it out"),
     ],
 )
 def test_one_bad_file_is_named_and_left_out_and_the_others_are_written(data, spoil, reason):

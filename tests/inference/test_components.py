@@ -20,7 +20,6 @@ from ml_src.core.inference.components import (
     Votes,
     border_votes,
     find_regions,
-    row_bands,
     rows_around,
     winners,
 )
@@ -114,8 +113,8 @@ def test_votes_are_the_sides_beyond_which_another_class_lies(size: tuple[int, in
 def test_a_map_is_cut_into_bands_whether_it_is_in_memory_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planes, "BAND", 21)
     array = np.arange(77, dtype=np.uint8).reshape(11, 7)
-    assert row_bands(Plane.of(array)) == [(0, 3), (3, 6), (6, 9), (9, 11)]
-    for top, bottom in row_bands(Plane.of(array)):
+    assert list(Plane.of(array).bands()) == [(0, 3), (3, 6), (6, 9), (9, 11)]
+    for top, bottom in Plane.of(array).bands():
         rows, inner = rows_around(Plane.of(array), top, bottom, 2)
         assert np.array_equal(rows, array[max(0, top - 2) : bottom + 2])
         assert np.array_equal(rows[inner], array[top:bottom])

@@ -92,7 +92,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield raster
     except RasterioError as error:
         reason = error.__cause__ or error
-        raise DataError(f"{path} cannot be read ({reason}): replace the file or remove the pair") from error
+        raise DataError(f"{path} cannot be read ({reason}): replace the file or leave it out") from error
 
 
 def read_bands(path: Path, window: Window | None = None) -> Bands:

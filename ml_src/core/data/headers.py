@@ -117,17 +117,17 @@ def opened(path: Path) -> Iterator[tuple[Any, Header]]:
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist") from error
     except UnidentifiedImageError as error:
-        raise DataError(f"{path} is no image that can be read: replace the file or remove the pair") from error
+        raise DataError(f"{path} is no image that can be read: replace the file or leave it out") from error
     except Exception as error:  # on damaged files decoders raise nearly anything: OSError, SyntaxError, struct.error
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, IndexError | KeyError | struct.error) or not reason:
             reason = "it is cut off or damaged"
-        raise DataError(f"{path} cannot be read ({reason}): replace the file or remove the pair") from error
+        raise DataError(f"{path} cannot be read ({reason}): replace the file or leave it out") from error
 
 
 def _require_picture(path: Path, start: bytes) -> None:
     if not start:
-        raise DataError(f"{path} is empty: restore the file or remove the pair")
+        raise DataError(f"{path} is empty: restore the file or leave it out")
     if start.startswith(LFS_START):
         raise DataError(f"{path} is a Git LFS pointer, not the picture itself: run git lfs pull")
 

@@ -11,20 +11,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_src.core.inference import planes
 from ml_src.core.inference.planes import Plane
 
 NONE = -1
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
-
-
-def row_bands(plane: Plane) -> list[tuple[int, int]]:
-    """Cut a label map into bands (top, bottom), also one in memory: numbers of regions take many times its memory."""
-    num_rows, width = plane.shape[:2]
-    height = max(1, planes.BAND // max(1, width))
-    return [(top, min(num_rows, top + height)) for top in range(0, num_rows, height)]
 
 
 def rows_around(plane: Plane, top: int, bottom: int, margin: int) -> tuple[NDArray[Any], slice]:

@@ -51,9 +51,9 @@ class Plane:
         return prod(self.shape[1:]) * self.dtype.itemsize
 
     def bands(self) -> Iterator[tuple[int, int]]:
-        """Cut the rows into bands (top, bottom) that are handled at once: one band where all is in memory."""
-        height = self.shape[0] if self.in_memory else max(1, BAND // prod(self.shape[1:]))
-        for top in range(0, self.shape[0], max(1, height)):
+        """Cut the rows into bands (top, bottom) that are handled at once."""
+        height = max(1, BAND // prod(self.shape[1:]))
+        for top in range(0, self.shape[0], height):
             yield top, min(self.shape[0], top + height)
 
     def rows(self, top: int, bottom: int) -> NDArray[Any]:

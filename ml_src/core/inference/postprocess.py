@@ -27,7 +27,6 @@ from ml_src.core.inference.components import (
     Votes,
     border_votes,
     find_regions,
-    row_bands,
     rows_around,
 )
 from ml_src.core.inference.planes import Plane
@@ -137,7 +136,7 @@ class Layer(NamedTuple):
     def painted(self, paint: Callable[[int, int, int], NDArray[Any]]) -> Plane:
         """Return the map that has the rows which `paint` gives for (number of the band, top, bottom)."""
         plane = Plane(self.plane.shape, self.plane.dtype, self.plane.folder)
-        for index, (top, bottom) in enumerate(row_bands(self.plane)):
+        for index, (top, bottom) in enumerate(self.plane.bands()):
             plane.put(top, paint(index, top, bottom))
         return plane
 
@@ -145,7 +144,7 @@ class Layer(NamedTuple):
 def _present(plane: Plane) -> Bools:
     """Which values occur."""
     present = np.zeros(np.iinfo(plane.dtype).max + 1, bool)
-    for top, bottom in row_bands(plane):
+    for top, bottom in plane.bands():
         present[plane.rows(top, bottom)] = True
     return present
 
@@ -204,7 +203,7 @@ def _fill_holes(layer: Layer, most: int) -> Plane:
         return find_regions(~layer.mask(top, bottom), 4, top == 0, bottom == layer.height, outside)
 
     survey = Survey(connectivity=4)
-    for rows in row_bands(layer.plane):
+    for rows in layer.plane.bands():
         survey.add(look(*rows))
     joined = survey.join()
 
@@ -262,7 +261,7 @@ def _give_away(layer: Layer, part: Callable[[int, int], Bools], choice: Callable
         return find_regions(part(top, bottom), 8, top == 0, bottom == layer.height)
 
     survey = Survey(connectivity=8)
-    for rows in row_bands(layer.plane):
+    for rows in layer.plane.bands():
         band = look(*rows)
         survey.add(band, layer.votes(band, band.is_shared, *rows))
     joined = survey.join()

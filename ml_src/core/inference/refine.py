@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_src.core.inference.components import Bools, row_bands, rows_around
+from ml_src.core.inference.components import Bools, rows_around
 from ml_src.core.inference.planes import Plane
 from ml_src.core.postprocess_specs import Crf
 
@@ -43,7 +43,7 @@ def refine_map(plane: Plane, step: Crf, num_classes: int, nodata: int | None, gu
         takes_part[nodata] = False
     stretch = _Stretch.of(plane, takes_part, guide)
     refined = Plane(plane.shape, plane.dtype, plane.folder)
-    for top, bottom in row_bands(plane):
+    for top, bottom in plane.bands():
         rows, inner = rows_around(plane, top, bottom, 2 * step.radius)
         inside, start = takes_part[rows], top - inner.start
         if _is_mixed(rows, inside):
@@ -72,7 +72,7 @@ class _Stretch(NamedTuple):
         if first.dtype == np.uint8:
             return cls(None, None)
         count, sums, squares = 0, np.zeros(first.shape[2]), np.zeros(first.shape[2])
-        for top, bottom in row_bands(plane):
+        for top, bottom in plane.bands():
             for labels, pixels in zip(plane.rows(top, bottom), guide(top, bottom), strict=True):
                 # row by row: a sum of floats depends on how it is grouped, and must not on the bands
                 counted = pixels[takes_part[labels] & np.isfinite(pixels).all(axis=1)].astype(np.float64)  # (m, C)

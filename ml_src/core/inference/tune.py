@@ -21,7 +21,7 @@ from ml_src.core.data.files import Pair
 from ml_src.core.data.segmentation import ignored, require_size
 from ml_src.core.data.truth import Truth
 from ml_src.core.errors import DataError
-from ml_src.core.inference.components import Ints, find_regions, row_bands
+from ml_src.core.inference.components import Ints, find_regions
 from ml_src.core.inference.cross_validation import Fold, for_each_fold, groups_of_folds, open_folds
 from ml_src.core.inference.inputs import Input
 from ml_src.core.inference.jobs import Request
@@ -307,7 +307,7 @@ def _of_classes(found: Mapping[int, Regions], named: list[int] | None) -> list[P
 
 def _regions(case: Case, value: int) -> Regions:
     areas, holes = [], []
-    for top, bottom in row_bands(case.labels):
+    for top, bottom in case.labels.bands():
         mask = case.labels.rows(top, bottom) == value
         areas.append(find_regions(mask, connectivity=8).area[1:])
         around = find_regions(~mask, connectivity=4)
