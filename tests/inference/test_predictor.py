@@ -12,7 +12,7 @@ from known_networks import Blurred, ByBrightness, drawn_data, member_of, write_g
 from PIL import Image
 from torch import Tensor, nn
 
-from ml_src.core.inference import planes
+from ml_src.core.inference import planes, scene
 from ml_src.core.inference.inputs import Input
 from ml_src.core.inference.members import Member, weighted
 from ml_src.core.inference.predictor import Failed, Options, Predicted, most_probable, predict
@@ -180,6 +180,54 @@ def test_a_large_scene_is_read_by_windows_and_predicted_as_a_whole_one(tmp_path:
     assert scene.image is None  # it was never whole
     assert (scene.labels.whole() == expected).mean() >= 0.999
     assert np.array_equal(scene.guide(700, 720)[:, :, 0], gray[700:720])
+
+
+@pytest.mark.parametrize("damaged", [0, 7, 24])
+def test_a_scene_with_a_damaged_tile_fails_alone_wherever_the_tile_is(tmp_path: Path, damaged: int) -> None:
+    gray = write_gray(tmp_path / "a.png", 1100, 1030)
+    path = tmp_path / "scene.tif"
+    tifffile.imwrite(path, gray, tile=(256, 256), compression="zlib")
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages.first
+        start, length = page.dataoffsets[damaged], page.databytecounts[damaged]
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(b"\xff" * length)
+    found = list(predict(inputs(tmp_path / "a.png", path, tmp_path / "a.png"), weighted([member_of(Blurred())], None),
+                         Options(tile=256)))  # fmt: skip
+    assert [isinstance(one, Failed) for one in found] == [False, True, False]
+    first, last = found[0], found[2]
+    assert isinstance(first, Predicted) and isinstance(last, Predicted)
+    assert np.array_equal(first.labels.whole(), last.labels.whole())
+
+
+def test_a_member_without_weight_has_no_say(grays: list[Path]) -> None:
+    resize = [{"type": "resize", "size": [48, 64]}, {"type": "normalize", "mean": [0.0], "std": [1.0]}]
+    members = [member_of(Blurred()), member_of(Certain(2, 9.0), **{"transforms.train": resize})]
+    alone = labels_of(grays, members[:1])
+    asked = Options(uncertainty=True)
+    for one, other in zip(alone, predict(inputs(*grays), weighted(members, [1, 0]), asked), strict=True):
+        assert isinstance(other, Predicted) and np.array_equal(one, other.labels.whole())
+
+
+def test_a_class_that_is_ignored_is_not_the_label_of_pixels_without_data(tmp_path: Path) -> None:
+    pixels = np.zeros((20, 30), np.float32)
+    pixels[:4] = np.nan
+    tifffile.imwrite(tmp_path / "a.tif", pixels)
+    one = predicted([tmp_path / "a.tif"], [member_of(ByBrightness(), **{"data.ignore_index": 0})])[0]
+    assert one.nodata == 255 and np.bincount(one.labels.whole().ravel()).nonzero()[0].tolist() == [0, 255]
+
+
+def test_a_large_image_that_is_resized_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gray(tmp_path / "a.png", 90, 70)
+    resize = [{"type": "resize", "size": [45, 35]}, {"type": "normalize", "mean": [0.0], "std": [1.0]}]
+    members = [member_of(ByBrightness(), **{"transforms.train": resize})]
+    kept = predicted([tmp_path / "a.png"], members)[0]
+    monkeypatch.setattr(scene, "KEPT_BYTES", 100)
+    dropped = predicted([tmp_path / "a.png"], members)[0]
+    assert kept.image is not None and dropped.image is None
+    assert np.array_equal(kept.guide(10, 20), dropped.guide(10, 20))
+    assert np.array_equal(kept.labels.whole(), dropped.labels.whole())
 
 
 def test_pixels_without_data_get_no_class(tmp_path: Path) -> None:

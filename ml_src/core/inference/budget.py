@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from ml_src.core.inference.measure import MOST_PIXELS
 from ml_src.core.inference.members import Member
 from ml_src.core.inference.memory import choose, measure, parse_size, resident
 from ml_src.core.inference.predictor import READERS, Engine, Options, engines_of
-from ml_src.core.inference.scene import MOST_BYTES
+from ml_src.core.inference.scene import KEPT_BYTES, MOST_BYTES
 from ml_src.core.inference.writers import MAX_SIDE
 
 PICTURE = 26  # bytes a pixel of an overlay or a picture of uncertainty, while it is drawn
@@ -50,7 +51,9 @@ def within(limit: str, items: Sequence[Input], members: Sequence[Member], option
         return options
     engines = engines_of(members, options)
     needs = [measure(partial(_predict_blank, engine)) for engine in engines]
-    around = max(_around(info, members, options, extras) for info in infos)
+    around = max(_around(info, members, options, extras) for info in infos) + sum(
+        max(_decoded(info, engine) for info in infos) for engine in engines
+    )
 
     def in_flight(tile: int) -> int:
         return around + sum(_of_tiles(infos, engine, options, tile) for engine in engines)
@@ -84,8 +87,6 @@ def _around(info: ImageInfo, members: Sequence[Member], options: Options, extras
     kept = [label_bytes] * (1 + extras.postprocessed)
     kept += [2 * num_classes] * options.probabilities + [4] * options.uncertainty
     total = IN_FLIGHT * sum(min(planes.IN_MEMORY, pixels * each) for each in kept) + WRITING
-    if not info.windowed or any(member.intake.size for member in members):
-        total += IN_FLIGHT * pixels * info.channels * np.dtype(info.dtype).itemsize
     if extras.pictures:
         total += PICTURE * min(pixels, MAX_SIDE**2)
     if extras.measured and pixels <= MOST_PIXELS:
@@ -93,14 +94,28 @@ def _around(info: ImageInfo, members: Sequence[Member], options: Options, extras
     return total
 
 
+def _decoded(info: ImageInfo, engine: Engine) -> int:
+    """Bytes of images that are decoded whole: those in the batch, those that wait for it, and those in other hands."""
+    decoded = info.height * info.width * info.channels * np.dtype(info.dtype).itemsize
+    waiting = 2 * engine.batch_size + READERS
+    if engine.intake.size:
+        canvas = decoded * prod(engine.intake.size) // (info.height * info.width)
+        return (waiting + IN_FLIGHT) * (min(decoded, KEPT_BYTES) + canvas) + READERS * decoded
+    if info.windowed:
+        return 0
+    tiles = len(engine.grid((info.height, info.width)))
+    return (-(-waiting // tiles) + IN_FLIGHT) * decoded
+
+
 def _of_tiles(infos: Sequence[ImageInfo], engine: Engine, options: Options, tile: int) -> int:
     """Bytes of tiles that are read ahead, and of rows of tiles while they are blended and become labels."""
-    info = max(infos, key=lambda info: info.width)
+    info = max(infos, key=lambda info: info.width * info.channels * np.dtype(info.dtype).itemsize)
+    most_pixels = max(info.height * info.width for info in infos)
     num_values = engine.members[0].config.data.num_classes + options.uncertainty
     width = engine.intake.size[1] if engine.intake.size else info.width
     sums = 4 * num_values * tile * max(width, info.width)
     # a band of values that becomes int64 labels, and is put into other orders
-    band = min(planes.BAND, info.height * info.width) * (9 + 4 * num_values * (1 + options.probabilities))
+    band = min(planes.BAND, most_pixels) * (9 + 4 * num_values * (1 + options.probabilities))
     blended = sums + 2 * band
     ahead = (engine.batch_size + READERS) * tile**2 * info.channels * np.dtype(info.dtype).itemsize
     return blended + ahead + 2 * MOST_BYTES * info.windowed

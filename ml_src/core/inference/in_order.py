@@ -1,10 +1,12 @@
 """Work of other threads, in the order in which it was given. Next to read: `predictor.py`, which uses it."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+log = logging.getLogger("ml_src")
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
@@ -29,5 +31,8 @@ def in_order(
         while pending:
             given, future = pending.popleft()
             yield given, future.result()
+    except KeyboardInterrupt:
+        log.info("Stopping when what is in work is finished ...")
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

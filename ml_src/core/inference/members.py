@@ -142,7 +142,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 
 def weighted(members: Sequence[Member], weights: Sequence[float] | None) -> list[Member]:
-    """Give each member its share; equal ones where none are given.
+    """Give each member its share; equal ones where none are given. Those whose share is 0 are left out.
 
     Raises: ConfigError unless there is a number of 0 or more for each member, and one that is more.
     """
@@ -153,7 +153,8 @@ def weighted(members: Sequence[Member], weights: Sequence[float] | None) -> list
             f"--ensemble_weights has {len(given)} numbers for {len(members)} checkpoints: give each one of 0 or more, "
             "not all 0"
         )
-    return [replace(member, weight=weight / sum(given)) for member, weight in zip(members, given, strict=True)]
+    shares = [weight / sum(given) for weight in given]
+    return [replace(member, weight=share) for member, share in zip(members, shares, strict=True) if share]
 
 
 def require_same_classes(members: Sequence[Member]) -> None:

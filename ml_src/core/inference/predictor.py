@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ml_src.core.config import Config
 from ml_src.core.data.files import read_image
 from ml_src.core.errors import DataError
 from ml_src.core.inference import planes
@@ -148,7 +149,7 @@ def _put_together(
 
 def _empty(scene: Scene, members: Sequence[Member], options: Options) -> Predicted:
     config = members[0].config
-    num_classes, nodata = config.data.num_classes, config.ignore_index if scene.can_miss else None
+    num_classes, nodata = config.data.num_classes, _no_class(config) if scene.can_miss else None
     dtype = np.uint8 if max(num_classes - 1, nodata or 0) <= 255 else np.uint16
     predicted = Predicted(scene.item, Plane(scene.size, dtype, options.folder), nodata)
     if options.probabilities:
@@ -156,6 +157,13 @@ def _empty(scene: Scene, members: Sequence[Member], options: Options) -> Predict
     if options.uncertainty:
         predicted.uncertainty = Plane((*scene.size, 1 if len(members) == 1 else 2), np.float16, options.folder)
     return predicted
+
+
+def _no_class(config: Config) -> int:
+    """The label of pixels without data: ignore_index, unless that is a class."""
+    if config.ignore_index >= config.data.num_classes:
+        return config.ignore_index
+    return 255 if config.data.num_classes <= 255 else 65535
 
 
 def _put(predicted: Predicted, scene: Scene, top: int, values: NDArray[np.float32], num_classes: int) -> None:
@@ -232,6 +240,7 @@ class Engine:
         self.device = members[0].device
         self.share = sum(member.weight for member in members)
         self.batch_size = options.batch_size or members[0].config.training.batch_size
+        self._failed = -1  # the image that last could not be read
         self._blender: Blender | None = None
         self._canvas = np.empty((0, 0, 0), np.float32)
 
@@ -239,10 +248,13 @@ class Engine:
         """Yield the bands of every image, in order; of one that fails, a band with the problem."""
         batch: list[tuple[Work, NDArray[Any]]] = []
         for work, pixels in in_order(_read, self._works(items), self.batch_size + READERS, READERS):
+            if work.index == self._failed:  # one problem of an image is enough
+                continue
             if batch and (isinstance(pixels, DataError) or not self._fits(batch, pixels)):
                 yield from self._predicted(batch)
                 batch = []
             if isinstance(pixels, DataError):
+                self._failed = work.index
                 yield Band(work.index, None, 0, np.empty(0, np.float32), pixels)
             else:
                 batch.append((work, pixels))
@@ -260,12 +272,14 @@ class Engine:
             except DataError as error:
                 yield Work(index, problem=error)
                 continue
-            grid = self._grid(scene.canvas)
+            grid = self.grid(scene.canvas)
             for row in range(len(grid.rows.parts)):
                 for column in range(len(grid.columns.parts)):
-                    yield Work(index, scene, grid, row, column)
+                    if index != self._failed:
+                        yield Work(index, scene, grid, row, column)
 
-    def _grid(self, canvas: Size) -> Grid:
+    def grid(self, canvas: Size) -> Grid:
+        """The tiles of a canvas."""
         tile = self.intake.tile
         if self.options.tile is not None:
             tile = (self.options.tile, self.options.tile)

@@ -15,6 +15,7 @@ from ml_src.core.inference.inputs import Input
 from ml_src.core.inference.members import Member
 from ml_src.core.transforms.source import Arrays, Size, Source, Window
 
+KEPT_BYTES = 4 << 20  # of an image that is kept for its overlay, though the network sees it resized
 MOST_BYTES = 64 << 20  # of a row of tiles that is read at once: files in strips would be decoded once for each tile
 
 
@@ -32,6 +33,7 @@ class Scene:
         self.windowed = info.windowed and self.canvas == self.size
         self.can_miss = can_miss(item.path, read_header(item.path))
         self._row_bytes = info.width * info.channels * np.dtype(info.dtype).itemsize
+        self.decoded_bytes = self._row_bytes * info.height
         self._kept: tuple[tuple[int, int], NDArray[Any]] | None = None
         self._lock = Lock()
 
@@ -44,7 +46,10 @@ class Scene:
     def _canvas(self) -> NDArray[Any]:
         """The whole image as the network takes it, (h, w, channels)."""
         unused = np.random.default_rng(0)  # nothing in a validation list is random
-        return self._member.task.val_transforms.apply(self._source, unused, unused)[0]
+        canvas = self._member.task.val_transforms.apply(self._source, unused, unused)[0]
+        if self.canvas != self.size and self.decoded_bytes > KEPT_BYTES:
+            del self._source  # many images wait for their batch: only what the network sees of them is kept
+        return canvas
 
     def tile(self, window: Window) -> NDArray[Any]:
         """Return the pixels (h, w, channels) of a window of the canvas."""
@@ -65,7 +70,8 @@ class Scene:
     @property
     def pixels(self) -> NDArray[Any] | None:
         """The pixels (H, W, channels) of the file, where they have been read whole."""
-        return self._source.image if not self.windowed and isinstance(self._source, Arrays) else None
+        source = self.__dict__.get("_source")  # not to be read again for this
+        return source.image if isinstance(source, Arrays) else None
 
     def nowhere(self, top: int, bottom: int) -> NDArray[np.bool_] | None:
         """Where rows top to bottom of the file have no data, (n, W); None where they have some everywhere."""

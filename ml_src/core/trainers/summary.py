@@ -28,7 +28,9 @@ def measure(t: Training) -> str:
     reports = {}
     for split in t.task.measured_splits():
         log.info("Measuring epoch %d on %s ...", best["epoch"], split)
-        reports[split] = split_report([member], split, Options(), t.config.inference.postprocess, Measuring())
+        reports[split] = split_report(
+            [member], split, Options(batch_size=t.train_loader.order.batch_size), t.config.inference.postprocess, Measuring()
+        )
     found = t.task.findings(best["metrics"], reports)
     summary = _text(t, best["epoch"], reports, found)
     write_text(t.run_dir / "summary.txt", summary)
