@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 an error of ours, 2 something the user can mend, 130 stopp
 """
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -13,6 +14,15 @@ from typing import NoReturn, TextIO
 
 from ml_src.core.errors import ERROR_FILE, ConfigError, MLError
 from ml_src.core.registry import suggest
+
+REMEDIES = {
+    errno.ENOSPC: "free some space, then give the command again",
+    errno.EDQUOT: "free some space, then give the command again",
+    errno.EACCES: "allow it, or choose another folder",
+    errno.EROFS: "choose another folder",
+    errno.ENOTDIR: "a file is where a folder should be: choose another folder",
+    errno.EEXIST: "move it away, or choose another folder",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,7 +84,8 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
     except OSError as error:  # a full disk, a folder without permission: the user's to mend
         if debug or error.strerror is None:
             raise
-        _show(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
+        remedy = f": {REMEDIES[error.errno]}" if error.errno in REMEDIES else ""
+        _show(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}{remedy}")
         return 2
     except Exception as error:
         if debug:

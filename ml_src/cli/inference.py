@@ -24,15 +24,28 @@ def _parser() -> Parser:
     parser = Parser("ml-inference", "Predict images with a trained model, or measure it on a split of its data.")
     what = parser.add_argument_group("which networks")
     what.add_argument("--checkpoint_path", type=Path, metavar="FILE", help="RUN/weights/best.pt, or the run's folder")
-    what.add_argument("--ensemble", type=Path, nargs="+", metavar="FILE", help="several of them, merged")
-    what.add_argument("--ensemble_aggregation", choices=VOTING, default=VOTING[0])
-    what.add_argument("--ensemble_weights", type=float, nargs="+", metavar="W", help="one a checkpoint, for weighted")
     what.add_argument(
-        "--cv", type=Path, nargs="+", metavar="RUN", help="folds, each on the images that it has not seen"
+        "--ensemble", type=Path, nargs="+", action="extend", metavar="FILE", help="several of them, merged"
     )
-    what.add_argument("--plugin", nargs="+", default=[], metavar="FILE.py", help="own models to import")
+    what.add_argument("--ensemble_aggregation", choices=VOTING, default=VOTING[0])
+    what.add_argument(
+        "--ensemble_weights", type=float, nargs="+", action="extend", metavar="W", help="one a checkpoint, for weighted"
+    )
+    what.add_argument(
+        "--cv",
+        type=Path,
+        nargs="+",
+        action="extend",
+        metavar="RUN",
+        help="folds, each on the images that it has not seen",
+    )
+    what.add_argument(
+        "--plugin", nargs="+", action="extend", default=[], metavar="FILE.py", help="own models to import"
+    )
     images = parser.add_argument_group("which images")
-    images.add_argument("--input", nargs="+", metavar="FILE|FOLDER|GLOB", help="without it, a split is measured")
+    images.add_argument(
+        "--input", nargs="+", action="extend", metavar="FILE|FOLDER|GLOB", help="without it, a split is measured"
+    )
     images.add_argument("--recursive", action="store_true", help="sub-folders of --input too")
     images.add_argument("--split", choices=("test", "val", "train"), help="default: test")
     images.add_argument("--data_dir", type=Path, metavar="DIR", help="where the data set lies now, if it has moved")
@@ -48,13 +61,21 @@ def _parser() -> Parser:
     out.add_argument("--pixel_size", type=float, default=1.0, help="side of a pixel, such as 0.5 for half a millimetre")
     how = parser.add_argument_group("how")
     how.add_argument("--tta", action="store_true", help="test-time augmentation: the flips and turns of training")
-    how.add_argument("--tta_augmentations", nargs="+", metavar="VIEW", help=f"these instead: {VIEWS}")
+    how.add_argument("--tta_augmentations", nargs="+", action="extend", metavar="VIEW", help=f"these instead: {VIEWS}")
     how.add_argument("--tta_aggregation", choices=("mean", "max", "voting"), default="mean")
-    how.add_argument("--postprocess", nargs="+", metavar="STEP", help="such as remove_small,area=30,classes=1; or none")
+    how.add_argument(
+        "--postprocess",
+        nargs="+",
+        action="extend",
+        metavar="STEP",
+        help="such as remove_small,area=30,classes=1; or none",
+    )
     how.add_argument("--tune_postprocess", action="store_true", help="choose the steps on validation images and keep "
                      "them beside the checkpoints")  # fmt: skip
     how.add_argument("--tile", type=int, metavar="PIXELS", help="side of a tile; default: the size of training")
-    how.add_argument("--overlap", type=float, default=0.25, help="of neighbouring tiles, as a share of their side")
+    how.add_argument(
+        "--overlap", type=float, metavar="F", help="share of a tile, 0 to 0.9; default: 0.25 or 128 pixels"
+    )
     how.add_argument("--blend", choices=("gaussian", "cosine"), default="gaussian", help="weights inside a tile")
     how.add_argument("--batch_size", type=int, metavar="N", help="tiles at once; default: that of training")
     how.add_argument("--max_ram", metavar="SIZE", help="such as 2G: choose tiles and batch so that it is kept")
@@ -109,7 +130,8 @@ def _predict(args: Namespace, request: "Request") -> int:
     print(f"{summary.num_predicted} image{'s' * (summary.num_predicted != 1)} predicted{before}")
     if summary.problems:
         print(f"{len(summary.problems)} could not be read, as said above and in predictions.csv")
-    print(f"Masks and predictions.csv are in {summary.output_dir}")
+    masks = "Masks and " if summary.num_predicted or summary.num_before else ""
+    print(f"{masks}predictions.csv {'are' if masks else 'is'} in {summary.output_dir}")
     return 2 if summary.problems else 0
 
 

@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ml_src.core.errors import ConfigError
+
+LOCK = ".lock"
+
 
 @contextmanager
 def replacing(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
@@ -39,6 +43,27 @@ def _keep(path: Path, name: Path) -> None:
         link.unlink(missing_ok=True)  # where both were one file already, it is not moved
     except OSError:
         path.replace(name)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Make a folder and keep other processes from writing into it, as long as the block.
+
+    Raises: ConfigError where another one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("wb") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of a process that is killed, it is gone
+        except ModuleNotFoundError:  # on Windows two at once are not found out
+            pass
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another process is writing to {folder}: wait for it, or give another --output"
+            ) from error
+        yield
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -1,8 +1,10 @@
 """ml-inference on files and splits, as a user meets it: what lies in the folders, what is said, and the exit codes."""
 
 import csv
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 from ml_src.cli import inference
 from ml_src.core.checkpoint import CONTENTS, save_checkpoint
 from ml_src.core.config_file import plain
+from ml_src.core.inference import planes
+from ml_src.core.inference.journal import Journal
 from ml_src.core.inference.postprocess import save_chain
 from ml_src.core.network import MODEL_REGISTRY
 from ml_src.core.postprocess_specs import FillHoles, RemoveSmall
@@ -360,6 +364,147 @@ def test_what_is_finished_and_unchanged_is_left_as_it_is(data: Path, capsys: pyt
     assert np.array_equal(read(Path("out/masks/3.png")), read(data / "masks/0.png"))
 
 
+def test_work_that_begins_anew_with_other_images_leaves_no_outputs_of_the_old(data: Path) -> None:
+    save(BEST)
+    words = ("--checkpoint_path", BEST, "--output", "out", "--overlay", "--uncertainty", "--input")
+    assert predict(*words, data / "images/0.png", data / "images/1.png") == 0
+    assert predict(*words, data / "images/2.png") == 0
+    outputs = [name for name in files_in(Path("out")) if "/" in name]
+    assert outputs == ["masks/2.png", "overlays/2.png", "uncertainty/2.png", "uncertainty/2.tif"]
+    assert list(predictions(Path("out"))) == ["2"]
+
+
+def test_images_of_the_same_names_in_another_folder_are_predicted(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(BEST)
+    for folder, source in (("one", "0"), ("two", "3")):
+        Path(folder).mkdir()
+        tifffile.imwrite(f"{folder}/a.tif", read(data / f"images/{source}.png"))
+        os.utime(f"{folder}/a.tif", ns=(0, 0))
+    assert Path("one/a.tif").stat().st_size == Path("two/a.tif").stat().st_size
+    words = ("--checkpoint_path", BEST, "--output", "out", "--resume", "--input")
+    assert predict(*words, "one") == 0
+    assert predict(*words, "two") == 0
+    assert np.array_equal(read(Path("out/masks/a.png")), read(data / "masks/3.png"))
+    assert predict(*words, "two") == 0
+    assert "0 images predicted, 1 w" in capsys.readouterr().out
+
+
+def test_an_image_that_comes_while_others_are_predicted_is_predicted_again(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it was before it was read is not known."""
+
+    class Arriving(ByBrightness):
+        def forward(self, images: Tensor) -> Tensor:
+            shutil.copy(data / "images/0.png", "late.tmp")
+            Path("late.tmp").replace("late.png")  # whole, or not there
+            return super().forward(images)
+
+    MODEL_REGISTRY["arriving"] = lambda **section: Arriving()
+    save(BEST, "arriving", **{"training.batch_size": 1})
+    Path("scans").mkdir()
+    for number in range(9):
+        shutil.copy(data / "images/1.png", f"scans/{number}.png")
+    Path("scans/9.png").symlink_to(Path("late.png").resolve())
+    words = ("--checkpoint_path", BEST, "--input", "scans", "--output", "out", "--resume")
+    assert predict(*words) == 0
+    assert np.array_equal(read(Path("out/masks/9.png")), read(data / "masks/0.png"))
+    capsys.readouterr()
+    assert predict(*words) == 0
+    assert "1 image predicted, 9 were there already" in capsys.readouterr().out
+
+
+def test_what_a_kill_leaves_of_polygons_is_removed_and_what_is_not_ours_stays(data: Path) -> None:
+    """Outlines of what is too large for the memory are drawn from files in a folder of their own."""
+    pytest.importorskip("rasterio")
+    Path("counted.py").write_text(DYING_IN_OUTLINES)
+    save(BEST)
+    words = ["--checkpoint_path", str(BEST), "--input", "data/images", "--polygons", "--output", "out"]
+    paths = os.pathsep.join(sys.path)
+    killed = subprocess.run(
+        [sys.executable, "counted.py", *words], env={**os.environ, "PYTHONPATH": paths}, capture_output=True
+    )
+    assert killed.returncode == -9
+    (left,) = (path.parent for path in Path("out").glob("*/labels.tif"))
+    Path("out/tmpnotes").mkdir()
+    assert predict(*words, "--resume") == 0
+    assert not left.exists() and Path("out/tmpnotes").is_dir()
+
+
+DYING_IN_OUTLINES = """
+import os, sys
+import known_networks
+from ml_src.cli import inference
+from ml_src.core.inference import planes, writers
+from ml_src.core.network import MODEL_REGISTRY
+
+MODEL_REGISTRY["by_brightness"] = lambda **section: known_networks.ByBrightness()
+planes.IN_MEMORY = 0
+writers.outlines = lambda *arrays: os.kill(os.getpid(), 9)
+inference.main(sys.argv[1:])
+"""
+
+
+# --- --max_ram
+
+
+@pytest.fixture
+def strips(data: Path) -> list[Path]:
+    """Images of more than one tile of 128 pixels, whose edges show in the labels."""
+    save(BEST, "blurred", **{"training.batch_size": 1})
+    Path("strips").mkdir()
+    for number in range(2):
+        write_gray(Path(f"strips/{number}.png"), 200, 700, seed=number)
+    return sorted(Path("strips").iterdir())
+
+
+def tile_of(out: str) -> int | None:
+    tile: int | None = Journal.recorded_job(Path(out))["tile"]  # type: ignore[index]
+    return tile
+
+
+def test_work_with_max_ram_goes_on_with_the_tiles_with_which_it_began(
+    strips: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--checkpoint_path", BEST, "--output", "out", "--max_ram", "100G", "--input")
+    assert predict(*words, strips[0], "--tile", 128) == 0
+    assert predict(*words, *strips, "--resume") == 0  # where larger ones would do
+    assert "1 image predicted, 1 w" in capsys.readouterr().out
+    assert tile_of("out") == 128
+    assert predict("--checkpoint_path", BEST, "--output", "same", "--input", *strips, "--tile", 128) == 0
+    assert Path("out/masks/1.png").read_bytes() == Path("same/masks/1.png").read_bytes()
+    assert "other options (tile)" in refused(capsys, *words, *strips, "--resume", "--tile", 96)
+    assert predict(*words, *strips) == 0  # anew, with those that the limit allows
+    assert (tile_of("out") or 0) > 128
+
+
+def test_work_without_max_ram_keeps_its_tiles_when_it_goes_on_with_it(
+    strips: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--checkpoint_path", BEST, "--output", "out", "--input")
+    assert predict(*words, strips[0]) == 0
+    assert predict(*words, *strips, "--resume", "--max_ram", "100G") == 0
+    assert "1 image predicted, 1 w" in capsys.readouterr().out
+    assert tile_of("out") is None
+    assert predict(*words, *strips, "--resume") == 0
+    assert "other options (tile)" in refused(capsys, *words, *strips, "--resume", "--max_ram", "100G", "--tile", 512)
+
+
+def test_a_limit_below_what_the_tiles_of_interrupted_work_take_is_refused(
+    strips: list[Path], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ("--checkpoint_path", BEST, "--input", *strips, "--output", "out")
+    needed = refused(capsys, *words, "--max_ram", "1M")
+    least = int(re.search(r"at least (\d+)M", needed)[1])  # type: ignore[index]
+    assert predict(*words, "--tile", 4096) == 0
+    before = Path("out/masks/0.png").stat().st_mtime_ns
+    line = refused(capsys, *words, "--resume", "--max_ram", f"{least + 300}M")
+    assert f"--max_ram {least + 300}M" in line and "4096" in line and "out" in line
+    assert Path("out/masks/0.png").stat().st_mtime_ns == before and tile_of("out") == 4096
+
+
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
 def test_predictions_of_another_checkpoint_or_of_other_options_are_not_mixed_in(
     data: Path, capsys: pytest.CaptureFixture[str], resume: list[str]
@@ -649,6 +794,25 @@ def test_metrics_are_there_only_when_all_beside_them_is(data: Path, capsys: pyte
     (data / "images/3.png").write_text("no picture")
     assert "data/images/3.png" in refused(capsys, "--checkpoint_path", BEST, "--output", "out")
     assert not Path("out/metrics.json").exists()
+
+
+def test_the_report_names_the_weights_that_were_measured_and_planes_lie_beside_it(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those that training has saved meanwhile; and the system's temporary folder may be small."""
+
+    class Replaced(ByBrightness):
+        def forward(self, images: Tensor) -> Tensor:
+            BEST.write_bytes(b"later weights")
+            return super().forward(images)
+
+    MODEL_REGISTRY["replaced"] = lambda **section: Replaced()
+    weights = hashlib.sha256(save(BEST, "replaced").read_bytes()).hexdigest()
+    monkeypatch.setattr(planes, "IN_MEMORY", 0)
+    monkeypatch.setattr("tempfile.tempdir", "gone")
+    assert predict("--checkpoint_path", BEST, "--output", "out") == 0
+    assert json.loads(Path("out/metrics.json").read_text())["how"]["checkpoints"] == [weights]
+    assert files_in(Path("out/masks")) == [f"{number}.tif" for number in range(4)]
 
 
 def test_a_folder_holds_the_predictions_of_one_split_or_of_files(

@@ -19,7 +19,11 @@ def raising(error: BaseException) -> Callable[[Sequence[str]], int]:
     ("error", "code", "text"),
     [
         (DataError("a.png is empty: replace it"), 2, "error: a.png is empty: replace it\n"),
-        (OSError(28, "No space left on device", "runs/a"), 2, "error: runs/a: No space left on device\n"),
+        (
+            OSError(28, "No space left on device", "runs/a"),
+            2,
+            "error: runs/a: No space left on device: free some space, then give the command again\n",
+        ),
         (KeyboardInterrupt(), 130, "stopped\n"),
         (ValueError("odd"), 1, "unexpected error: ValueError: odd (--debug shows where)\n"),
     ],

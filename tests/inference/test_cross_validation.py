@@ -1,6 +1,7 @@
 """A cross-validation: every image once, by the network that has not seen it, and all of them as one set."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from known_folds import drawn_folds, speckled_run, write_groups
 from PIL import Image
 
 from ml_src.cli import inference
+from ml_src.core.inference import planes
 from ml_src.core.inference.postprocess import save_chain
 from ml_src.core.metrics.segmentation import ConfusionMatrix, summarize
 from ml_src.core.postprocess_specs import parse_steps
@@ -63,6 +65,54 @@ def test_what_is_written_is_what_was_measured(data: Path, folds: list[str]) -> N
             *(np.array(Image.open(folder / f"{number}.png")) for folder in (Path("out/masks"), data / "masks"))
         )
     assert metrics_of("out")["confusion_matrix"] == confusion.matrix.tolist()
+
+
+def test_images_of_one_name_in_the_folders_of_different_folds_are_kept_apart(data: Path, folds: list[str]) -> None:
+    """Named by where they lie below what is common to all folds, also where these spell the data's folder otherwise."""
+    for kind in ("images", "masks"):
+        for number in range(6):
+            place = data / kind / f"site_{number // 2}" / f"{number % 2}.png"
+            place.parent.mkdir(exist_ok=True)
+            (data / kind / f"{number}.png").rename(place)
+        for fold in range(3):
+            lines = "".join(f"{kind}/site_{fold}/{number}.png\n" for number in range(2))
+            (data / "splits" / f"fold_{fold}_val_{kind}.txt").write_text(lines)
+    Path("link").symlink_to(data)
+    linked = speckled_run(Path("runs/linked"), Path("link"), fold=2, speck=2, **{"data.splits_dir": "blocks/splits"})
+    for third in (folds[2], str(linked)):
+        assert inference.main(["--cv", *folds[:2], third, "--output", third.replace("runs", "out")]) == 0
+        confusion, masks = ConfusionMatrix(3, None), Path(third.replace("runs", "out"), "masks")
+        for path in sorted(masks.rglob("*.png")):
+            truth = data / "masks" / path.relative_to(masks)
+            confusion.update(np.array(Image.open(path)), np.array(Image.open(truth)))
+        assert len(list(masks.rglob("*.png"))) == 6
+        assert metrics_of(str(masks.parent))["confusion_matrix"] == confusion.matrix.tolist()
+
+
+def test_what_a_killed_run_left_is_removed_and_large_label_maps_lie_in_the_output_folder(
+    folds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = Path("out/masks/0.png.12345.tmp")
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    monkeypatch.setattr(planes, "IN_MEMORY", 0)
+    monkeypatch.setattr(tempfile, "tempdir", "there is no such folder")
+    assert inference.main(["--cv", *folds, "--output", "out"]) == 0
+    assert inference.main(["--cv", *folds, "--output", "new"]) == 0
+    assert not left.exists() and len(list(Path("out/masks").iterdir())) == 6
+
+
+def test_a_chain_of_another_checkpoint_is_not_used(
+    folds: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    best = Path(folds[2], "weights", "best.pt")
+    save_chain(best, parse_steps(["remove_small,area=5"]), {})
+    other = speckled_run(Path("runs/trained_again"), Path("blocks"), fold=2, speck=1)
+    (other / "weights" / "best.pt").replace(best)
+    assert inference.main(["--cv", *folds, "--output", "out"]) == 0
+    assert sum("tuned for another checkpoint than best.pt and is not used" in text for text in caplog.messages) == 1
+    assert metrics_of("out")["folds"][2]["dice"] < 1.0 and metrics_of("out")["how"]["postprocess"] == []
+    assert "Each fold's best epoch was chosen" in capsys.readouterr().out
 
 
 def test_a_quoted_pattern_means_the_same_as_the_folders(folds: list[str]) -> None:

@@ -87,3 +87,17 @@ def test_ignored_pixels_are_gray() -> None:
     labels = np.array([[0, 1, 255]], np.uint8)
     picture = colorize(labels, ignore_index=255)
     assert len(set(picture[0, 2].tolist())) == 1 and (picture[0, 1] == palette()[1]).all()
+
+
+def test_what_an_earlier_measurement_left_in_a_folder_does_not_stay(best: Path, tmp_path: Path) -> None:
+    words = ["--checkpoint_path", str(best), "--output", "out"]
+    assert inference.main(words) == 0
+    stray = Path("out/masks/mine.png")
+    stray.write_bytes(b"not ours")
+    metrics = json.loads(Path("out/metrics.json").read_text())
+    metrics["per_image"].append({"image": "older.jpg"})
+    Path("out/metrics.json").write_text(json.dumps(metrics))
+    Path("out/masks/older.png").write_bytes(b"of another data set")
+    assert inference.main(words) == 0
+    assert not Path("out/masks/older.png").exists() and stray.exists()
+    assert json.loads(Path("out/metrics.json").read_text())["iou"] == metrics["iou"]

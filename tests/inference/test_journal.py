@@ -158,6 +158,32 @@ def test_an_input_is_finished_while_it_and_its_outputs_are_as_they_were(items: l
         stamp_of(gone.path)
 
 
+def test_another_file_of_the_same_name_size_and_time_is_not_finished(items: list[Input], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict(items, out, False)
+    (tmp_path / "images").rename(tmp_path / "others")
+    others = find_inputs([str(tmp_path / "others")], True, None)
+    assert [item.name for item in others] == [item.name for item in items]
+    assert not any(Journal(out, JOB, True).finished(item) for item in others)
+    (tmp_path / "images").symlink_to(tmp_path / "others")
+    predict(others, out, True)
+    assert all(Journal(out, JOB, True).finished(item) for item in items)  # the same files by another name
+
+
+def test_the_same_name_may_stand_for_another_file_from_another_folder(
+    items: list[Input], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "0.png").write_bytes(bytes(10))
+        os.utime(tmp_path / place / "0.png", ns=(0, 7))
+    monkeypatch.chdir(tmp_path / "one")
+    predict([Input(PurePosixPath("0"), Path("0.png"))], tmp_path / "out", False)
+    for place, finished in (("one", True), ("two", False)):
+        monkeypatch.chdir(tmp_path / place)
+        assert Journal(tmp_path / "out", JOB, True).finished(Input(PurePosixPath("0"), Path("0.png"))) == finished
+
+
 def test_the_output_folder_may_be_moved(items: list[Input], tmp_path: Path) -> None:
     predict(items, tmp_path / "out", False)
     (tmp_path / "out").rename(tmp_path / "moved")
@@ -179,6 +205,57 @@ def test_the_same_job_without_resume_begins_anew(items: list[Input], tmp_path: P
     assert not any(journal.finished(item) for item in items)
     assert not (tmp_path / PREDICTIONS).exists() and len(lines_of(tmp_path)) == 1
     assert predict(items, tmp_path, True) == 5
+
+
+def test_what_begins_anew_leaves_no_output_of_what_was_before_and_all_else(items: list[Input], tmp_path: Path) -> None:
+    predict(items[:3], tmp_path, False)
+    predict(items[1:4], tmp_path, True)
+    (tmp_path / "masks/deep_0/notes.txt").write_text("mine")
+    predict(items[4:], tmp_path, False)
+    masks = {name for name in files_in(tmp_path) if name.startswith("masks")}
+    assert masks == {f"masks/{items[4].name}.png", "masks/deep_0/notes.txt"}
+
+
+def test_nothing_outside_the_output_folder_is_removed(items: list[Input], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict(items[:1], out, False)
+    (out / "elsewhere").symlink_to(tmp_path / "images")
+    inputs = {str(path.relative_to(tmp_path / "images")) for path in (tmp_path / "images").rglob("*.png")}
+    names = ["", "..", "masks", *(f"{where}/{name}" for name in inputs for where in ("../images", "elsewhere"))]
+    with (out / JOURNAL).open("a") as file:
+        file.write(json.dumps({"name": "a", "files": [*names, str(items[0].path)]}) + "\n")
+    Journal(out, JOB, False)
+    assert files_in(tmp_path / "images").keys() == inputs and len(inputs) == 5
+    assert not list((out / "masks").rglob("*.png"))
+
+
+def test_an_output_that_an_input_no_longer_has_goes(items: list[Input], tmp_path: Path) -> None:
+    """What was a map, and had a TIFF, became a picture, and then damaged."""
+    journal = Journal(tmp_path, JOB, False)
+    old = tmp_path / "masks/0.tif"
+    old.parent.mkdir()
+    old.touch()
+    journal.record(items[0], done(items[0], old, write_output(tmp_path, items[0])))
+    journal.record(items[0], done(items[0], write_output(tmp_path, items[0])))
+    assert [name for name in files_in(tmp_path) if "masks" in name] == [f"masks/{items[0].name}.png"]
+    journal.record_error(items[0], "damaged")
+    assert [name for name in files_in(tmp_path) if "masks" in name] == []
+
+
+def test_what_was_chosen_may_differ_in_what_begins_anew_but_not_in_what_goes_on(
+    items: list[Input], tmp_path: Path
+) -> None:
+    assert Journal.recorded_job(tmp_path) is None
+    predict(items, tmp_path, False)
+    with pytest.raises(ConfigError, match=r"other options \(tile\)"):
+        Journal(tmp_path, JOB | {"tile": 96}, True, ("tile",))
+    with pytest.raises(ConfigError, match=r"other options \(overlap\)"):
+        Journal(tmp_path, JOB | {"tile": 96, "overlap": 0.5}, False, ("tile",))
+    assert Journal.recorded_job(tmp_path) == json.loads(json.dumps(JOB))
+    Journal(tmp_path, JOB | {"tile": 96}, False, ("tile",))
+    assert Journal.recorded_job(tmp_path) == json.loads(json.dumps(JOB | {"tile": 96}))
+    (tmp_path / JOURNAL).write_text("notes\n")
+    assert Journal.recorded_job(tmp_path) is None
 
 
 def test_a_finished_job_is_no_longer_finished_while_it_is_resumed(items: list[Input], tmp_path: Path) -> None:
@@ -291,7 +368,7 @@ def test_a_name_that_is_no_utf_8_comes_back(tmp_path: Path) -> None:
 
 def test_of_each_finished_input_little_more_than_its_name_is_held_in_memory(tmp_path: Path) -> None:
     Journal(tmp_path, JOB, False)
-    entry = {"path": "p" * 200, "size": 1, "mtime": 2, "files": ["f" * 200], "pixels": [1] * 50}
+    entry = {"path": "p" * 200, "size": 1, "mtime": 2, "files": {"f" * 200: 1}, "pixels": [1] * 50}
     with (tmp_path / JOURNAL).open("a") as file:
         file.writelines(json.dumps({"name": f"folder/img_{number:06d}", **entry}) + "\n" for number in range(10_000))
     tracemalloc.start()
@@ -311,4 +388,23 @@ def test_a_stamp_is_of_the_file_before_it_was_read(items: list[Input], tmp_path:
     items[0].path.write_bytes(bytes(99))
     journal.record(items[0], before)
     assert not journal.finished(items[0])
-    assert before.stamp == Stamp(10, before.stamp.mtime)
+    assert before.stamp is not None and before.stamp == Stamp(10, before.stamp.mtime)
+
+
+def test_an_input_that_came_after_stamps_were_taken_is_predicted_again(items: list[Input], tmp_path: Path) -> None:
+    journal = Journal(tmp_path, JOB, False)
+    journal.record(items[0], done(items[0], write_output(tmp_path, items[0]))._replace(stamp=None))
+    journal.finish(CLASSES)
+    assert rows_of(tmp_path)[0]["error"] == "" and not Journal(tmp_path, JOB, True).finished(items[0])
+
+
+def test_an_output_that_was_cut_off_is_not_finished(tmp_path: Path) -> None:
+    item = Input(PurePosixPath("a"), tmp_path / "a.png")
+    item.path.write_bytes(b"image")
+    mask = tmp_path / "out" / "a.png"
+    journal = Journal(tmp_path / "out", JOB, False)
+    mask.write_bytes(b"a whole mask")
+    journal.record(item, Done(stamp_of(item.path), 1, 1, [1], 0, 0.1, [mask]))
+    assert Journal(tmp_path / "out", JOB, True).finished(item)
+    mask.write_bytes(b"a wh")
+    assert not Journal(tmp_path / "out", JOB, True).finished(item)

@@ -18,7 +18,7 @@ from ml_src.core.config_file import parse_config, plain
 from ml_src.core.errors import ConfigError
 from ml_src.core.inference import planes
 from ml_src.core.inference.planes import Plane
-from ml_src.core.inference.postprocess import apply_postprocessing, load_chain, save_chain
+from ml_src.core.inference.postprocess import apply_postprocessing, has_chain, load_chain, save_chain
 from ml_src.core.postprocess_specs import (
     Closing,
     Crf,
@@ -719,12 +719,33 @@ def test_steps_survive_plain_data_and_the_configuration(steps: list[Any]) -> Non
 
 def test_the_chain_of_a_checkpoint_lies_beside_it(tmp_path: Path) -> None:
     steps = parse_steps(["remove_small,area=1:30+2:100", "crf"])
-    assert load_chain(tmp_path / "best.pt") is None
-    save_chain(tmp_path / "best.pt", steps, {"dice": [0.8, 0.82]})
-    assert load_chain(tmp_path / "best.pt") == steps
-    save_chain(tmp_path / "best.pt", [], {})
-    assert load_chain(tmp_path / "best.pt") == []
-    assert [path.name for path in tmp_path.iterdir()] == ["postprocess.yaml"]
+    best = tmp_path / "best.pt"
+    best.write_bytes(b"weights")
+    assert load_chain(best) is None and not has_chain(best)
+    save_chain(best, steps, {"dice": [0.8, 0.82]})
+    assert load_chain(best) == steps and has_chain(best)
+    save_chain(best, [], {})
+    assert load_chain(best) == [] and has_chain(best)
+    assert {path.name for path in tmp_path.iterdir()} == {"best.pt", "postprocess.yaml"}
+
+
+def test_a_chain_is_for_the_checkpoints_that_it_was_chosen_for_and_no_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps, (best, last, third) = parse_steps(["crf"]), (tmp_path / name for name in ("best.pt", "last.pt", "third.pt"))
+    for path in (best, last, third):
+        path.write_text(path.name)
+    save_chain(best, steps, {}, others=[last])
+    assert load_chain(best) == load_chain(last) == steps and not caplog.messages
+    assert load_chain(third) is None and not has_chain(third)
+    assert caplog.messages == [
+        f"{tmp_path}/postprocess.yaml was tuned for another checkpoint than third.pt and is not used: tune again, or "
+        "give the steps with --postprocess"
+    ]
+    best.write_text("trained again")
+    assert load_chain(best) is None and load_chain(last) == steps
+    best.write_text("best.pt")
+    assert load_chain(best) == steps
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,31 @@
 """Steps are chosen where they help on images that were held out, and for no other reason."""
 
+import gc
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
+import tifffile
 import yaml
 from known_folds import drawn_folds, speckled_run, write_groups
 from PIL import Image
 
 from ml_src.cli import inference
-from ml_src.core.data.files import Pair
+from ml_src.core.data.files import Pair, read_image
 from ml_src.core.inference import planes
+from ml_src.core.inference.cross_validation import open_folds
 from ml_src.core.inference.inputs import Input
+from ml_src.core.inference.jobs import Request
+from ml_src.core.inference.measure import label_maps, split_items
 from ml_src.core.inference.planes import Plane
-from ml_src.core.inference.postprocess import apply_postprocessing, chain_path, load_chain
+from ml_src.core.inference.postprocess import apply_postprocessing, chain_path, has_chain, load_chain
 from ml_src.core.inference.predictor import Predicted
-from ml_src.core.inference.tune import Case, Judging, candidates, case_of, search
+from ml_src.core.inference.tune import Case, Judging, candidates, case_of, cases_of, search
+from ml_src.core.metrics.intervals import Counts
 from ml_src.core.metrics.segmentation import ConfusionMatrix
 from ml_src.core.postprocess_specs import PostprocessStep, as_word, misfits, parse_steps
 
@@ -37,6 +44,10 @@ def dice_of(*words: str) -> float:
     return float(json.loads(Path("out/metrics.json").read_text())["dice"])
 
 
+def read_pixels(path: Path) -> np.ndarray:
+    return read_image(path).pixels
+
+
 MakeCase = Callable[[np.ndarray, np.ndarray], Case]
 
 
@@ -51,7 +62,9 @@ def make_case(tmp_path: Path) -> MakeCase:
         Image.fromarray(image[:, :, 0]).save(pair.image)
         Image.fromarray(truth.astype(np.uint8)).save(pair.mask)
         item = Input(PurePosixPath(pair.image.stem), pair.image)
-        return case_of(pair, Predicted(item, Plane.of(labels.astype(np.uint8)), None, image=image), JUDGING)
+        return case_of(
+            pair, Predicted(item, Plane.of(labels.astype(np.uint8)), None, image=image), JUDGING, read_pixels
+        )
 
     return make
 
@@ -82,6 +95,7 @@ def test_specks_are_cured_and_the_chain_is_used_from_then_on(data: Path, capsys:
     assert inference.main(["--cv", *folds, "--tune_postprocess"]) == 0
     printed = capsys.readouterr().out
     contents = [yaml.safe_load(Path(fold, "weights/postprocess.yaml").read_text()) for fold in folds]
+    assert len({each.pop("checkpoints")[0] for each in contents}) == 3  # each its own network
     assert contents[0] == contents[1] == contents[2]
     facts = contents[0]["facts"]
     assert facts["mean_dice_before"] == pytest.approx(before, abs=1e-6) and facts["mean_dice_after"] == 1.0
@@ -186,7 +200,49 @@ def test_counting_only_what_changes_counts_everything(
         confusion = ConfusionMatrix(3, 255)
         confusion.update(labels.whole(), case.truth.whole())
         assert np.array_equal(final.labels.whole(), labels.whole())
-        assert np.array_equal(final.matrix, confusion.matrix)
+        expected = Counts.of(confusion.matrix)
+        assert all(np.array_equal(*both) for both in zip(final.counts, expected, strict=True))
+
+
+def test_images_are_not_kept_but_read_again_as_they_were_predicted(data: Path) -> None:
+    """What guides `crf` when it is tuned is what guides it later: channels of the network, gaps filled."""
+    gray = {number: np.array(Image.open(data / f"images/{number}.png")) for number in (0, 1)}
+    Image.fromarray(np.dstack([gray[0], gray[0], gray[0]])).save(data / "images/0.png")
+    pixels = gray[1].astype(np.float32)
+    pixels[:9] = np.nan
+    (data / "images/1.png").unlink()
+    tifffile.imwrite(data / "images/1.tif", pixels)
+    for kind in ("val", "train"):
+        for path in (data / "splits").glob(f"fold_*_{kind}_images.txt"):
+            path.write_text(path.read_text().replace("images/1.png", "images/1.tif"))
+    run_dir = speckled_run(Path("runs/my_fold_0"), data, fold=0, speck=1)
+    (fold,) = open_folds(Request([run_dir], postprocess=["none"]))
+    seen, alive = [], []
+
+    def finish(predicted: Predicted) -> None:
+        assert predicted.image is not None
+        seen.append(predicted.image.copy())
+        case = case_of(fold.member.task.pairs("val")[len(alive)], predicted, JUDGING, read_pixels)
+        alive.append((weakref.ref(predicted.image), case))
+
+    cases = cases_of(fold, lambda done: None, JUDGING)
+    list(label_maps(split_items(fold.member, "val"), [fold.member], fold.job.options, [], finish))
+    gc.collect()
+    assert [reference() for reference, _ in alive] == [None, None]
+    for case, image in zip(cases, seen, strict=True):
+        assert image.shape == (56, 56, 1)
+        assert np.array_equal(case.guide(5, 30), image[5:30], equal_nan=True)
+    assert cases[1].nodata is not None and np.isfinite(cases[1].guide(0, 9)).all()
+
+
+def test_checkpoints_of_one_folder_share_the_chain_that_was_tuned_on_them(data: Path) -> None:
+    paths = []
+    for fold in range(2):
+        run_dir = speckled_run(Path(f"runs/my_fold_{fold}"), data, fold, speck=1)
+        paths.append((run_dir / "weights" / "best.pt").rename(f"fold_{fold}.pt"))
+    assert inference.main(["--cv", *map(str, paths), "--tune_postprocess"]) == 0
+    assert load_chain(paths[0]) == load_chain(paths[1]) != []
+    assert has_chain(paths[0]) and has_chain(paths[1])
 
 
 def test_candidates_fit_the_classes_and_can_be_said_on_the_command_line(make_case: MakeCase) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from ml_src.core.errors import DataError
 from ml_src.core.inference import planes, writers
 from ml_src.core.inference.planes import Plane
 from ml_src.core.inference.writers import (
+    place_of,
     write_mask,
     write_overlay,
     write_polygons,
@@ -146,7 +148,7 @@ def test_what_is_made_of_a_map_lies_where_the_map_lies(tmp_path, name):
     written = [
         write_mask(tmp_path / "mask", Plane.of(regions()), 4, None, source),
         write_probabilities(tmp_path / "probs", Plane.of(two), NAMES, "tiff", source),
-        write_uncertainty(tmp_path / "uncertainty", Plane.of(one), source),
+        write_uncertainty(tmp_path / "uncertainty", Plane.of(one), source)[0],
     ]
     with rasterio.open(source) as given:
         for path in written:
@@ -197,7 +199,7 @@ def test_pictures_and_tiffs_without_coordinates_lie_nowhere(tmp_path):
         ("rotated", "urn:ogc:def:crs:EPSG::32633", 0.375, "metre"),
         ("feet", "urn:ogc:def:crs:EPSG::2263", 0.25, "US survey foot"),
         ("degrees", "urn:ogc:def:crs:OGC:1.3:CRS84", None, None),
-        ("no system", None, 0.25, "unit"),
+        ("no system", None, None, "unit"),
     ],
 )
 def test_a_pixel_has_an_area_in_the_units_of_its_map(tmp_path, name, crs, area, unit):
@@ -320,11 +322,12 @@ def test_a_picture_of_uncertainty_goes_from_dark_to_light_and_shows_no_data_as_b
     values = np.linspace(0, 1, 256, dtype=np.float16)[None].repeat(4, axis=0)
     uncertainty = np.stack([values, values / 2], axis=2)
     uncertainty[0] = np.nan
-    path = write_uncertainty(tmp_path / "a", Plane.of(uncertainty), None)
+    path, shown_path = write_uncertainty(tmp_path / "a", Plane.of(uncertainty), None)
     assert np.array_equal(tifffile.imread(path), uncertainty, equal_nan=True)
     with rasterio.open(path) as raster:
         assert raster.descriptions == ("entropy", "mutual information")
-    with Image.open(tmp_path / "a.png") as picture:
+    assert [path.name, shown_path.name] == ["a.tif", "a.png"]
+    with Image.open(shown_path) as picture:
         shown = np.array(picture).astype(float)
     assert (shown[0] == 0).all() and (shown[1] == shown[3]).all()
     luma = shown[1] @ (0.299, 0.587, 0.114)
@@ -450,6 +453,25 @@ def test_a_tile_of_a_map_is_decoded_once(tmp_path):
             file.write(bytes(length))
         last = raster.read(1, window=((255, 256), (0, WIDTH)))
     assert np.array_equal(np.concatenate([first, last]), labels[[0, 255]])
+
+
+def test_where_an_image_lies_is_read_once_for_all_its_outputs_and_again_when_it_has_changed(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(writers, "georeference", lambda path: asked.append(path) or georeference(path))
+    source = geotiff(tmp_path / "map.tif", **PLACES["upright"])
+    labels, numbers = Plane.of(regions()), Plane.of(np.zeros((HEIGHT, WIDTH, 1), np.float16))
+    write_mask(tmp_path / "a", labels, 4, None, source)
+    write_polygons(tmp_path / "a", labels, NAMES, None, source)
+    write_uncertainty(tmp_path / "u", numbers, source)
+    write_probabilities(tmp_path / "p", numbers, NAMES[:1], "tiff", source)
+    assert asked == [source]
+    os.utime(geotiff(source, **PLACES["rotated"]), ns=(0, 0))
+    assert place_of(source) == georeference(source) and place_of(source).transform == tuple(ROTATED)[:6]
+    assert asked == [source] * 2
+    source.unlink()
+    with pytest.raises(DataError, match=r"map\.tif"):
+        place_of(source)
+    assert place_of(None) is None
 
 
 def test_dots_in_a_name_stay(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 
 from ml_src.core.metrics import intervals
 from ml_src.core.metrics.boundary import BoundaryScores, boundary_scores, summarize_boundaries
-from ml_src.core.metrics.intervals import paired_interval, resamples, score_intervals
-from ml_src.core.metrics.segmentation import summarize
+from ml_src.core.metrics.intervals import Counts, paired_interval, resamples, score_intervals
+from ml_src.core.metrics.segmentation import dice, summarize
 
 SCORES = ("iou", "dice", "pixel_accuracy", "iou_per_class", "dice_per_class")
 BOUNDARIES = tuple(f"{name}{over}" for name in ("hd95", "surface_dice", "boundary_iou") for over in ("", "_per_class"))
@@ -34,12 +34,32 @@ def matrices_of(pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     return np.array([matrix_of(*pair) for pair in pairs])
 
 
+def counts_of(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Counts:
+    return Counts.stacked([Counts.of(matrix_of(*pair)) for pair in pairs])
+
+
 def boundaries_of(pairs: list[tuple[np.ndarray, np.ndarray]], ignore_index: int | None = None) -> list[BoundaryScores]:
     return [boundary_scores(*pair, 4, ignore_index) for pair in pairs]
 
 
 def width(interval: list[float]) -> float:
     return interval[1] - interval[0]
+
+
+# --- what is kept of a matrix ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ignore_index", [None, 2, 255])
+def test_counts_give_the_dice_of_the_matrix(ignore_index):
+    matrices, counts = matrices_of(images(4)), counts_of(images(4))
+    assert np.array_equal(counts.summed().dice(ignore_index), dice(matrices.sum(axis=0), ignore_index), equal_nan=True)
+    assert np.array_equal(counts.dice(ignore_index), [dice(each, ignore_index) for each in matrices], equal_nan=True)
+    assert all(np.array_equal(*both) for both in zip(counts, Counts.of(matrices), strict=True))
+
+
+def test_counts_of_a_matrix_do_not_keep_it():
+    counts = Counts.of(matrix_of(*images(1)[0]))
+    assert all(part.base is None and part.shape == (4,) for part in counts)
 
 
 # --- the draws -----------------------------------------------------------------------------------------------------
@@ -110,7 +130,7 @@ def test_intervals_are_those_of_a_plain_loop(ignore_index, groups):
     pairs = images(6)
     if ignore_index == 2:  # matrix_of would count ignored pixels, so there are none
         pairs = [(labels, np.where(truth == 2, 1, truth)) for labels, truth in pairs]
-    ours = score_intervals(matrices_of(pairs), boundaries_of(pairs, ignore_index), ignore_index, groups)
+    ours = score_intervals(counts_of(pairs), boundaries_of(pairs, ignore_index), ignore_index, groups)
     for name, expected in plain_intervals(pairs, ignore_index, groups).items():
         mine = ours[name] if "per_class" in name else [ours[name]]
         theirs = expected if "per_class" in name else [expected]
@@ -121,14 +141,14 @@ def test_intervals_are_those_of_a_plain_loop(ignore_index, groups):
 
 def test_work_in_small_portions_gives_the_same(monkeypatch):
     pairs = images(6)
-    whole = score_intervals(matrices_of(pairs), boundaries_of(pairs), None)
+    whole = score_intervals(counts_of(pairs), boundaries_of(pairs), None)
     monkeypatch.setattr(intervals, "CHUNK", 100)
-    assert score_intervals(matrices_of(pairs), boundaries_of(pairs), None) == whole
+    assert score_intervals(counts_of(pairs), boundaries_of(pairs), None) == whole
 
 
 def test_equal_images_leave_nothing_to_chance():
     pairs = images(1) * 5
-    scores = score_intervals(matrices_of(pairs), boundaries_of(pairs), None)
+    scores = score_intervals(counts_of(pairs), boundaries_of(pairs), None)
     summary = summarize(matrices_of(pairs).sum(axis=0)) | summarize_boundaries(boundaries_of(pairs))
     for name in ("iou", "dice", "pixel_accuracy", "hd95", "surface_dice", "boundary_iou"):
         assert scores[name] == pytest.approx([summary[name]] * 2)
@@ -136,7 +156,7 @@ def test_equal_images_leave_nothing_to_chance():
 
 def test_the_score_itself_lies_within():
     pairs = images(30)
-    scores, summary = score_intervals(matrices_of(pairs), None, None), summarize(matrices_of(pairs).sum(axis=0))
+    scores, summary = score_intervals(counts_of(pairs), None, None), summarize(matrices_of(pairs).sum(axis=0))
     for name in ("iou", "dice", "pixel_accuracy"):
         assert scores[name][0] < summary[name] < scores[name][1]
 
@@ -145,14 +165,14 @@ def test_images_that_are_alike_in_groups_widen_the_interval():
     """Ten patients with ten equal slices each are ten observations, not a hundred."""
     pairs = [pair for pair in images(10) for _ in range(10)]
     groups = [f"patient {number}" for number in range(10) for _ in range(10)]
-    alone = score_intervals(matrices_of(images(10)), None, None)
-    ungrouped, grouped = (score_intervals(matrices_of(pairs), None, None, names) for names in (None, groups))
+    alone = score_intervals(counts_of(images(10)), None, None)
+    ungrouped, grouped = (score_intervals(counts_of(pairs), None, None, names) for names in (None, groups))
     assert grouped["dice"] == pytest.approx(alone["dice"])
     assert width(grouped["dice"]) > 2 * width(ungrouped["dice"])
 
 
 def test_more_images_narrow_the_interval():
-    few, many = (score_intervals(matrices_of(images(num)), None, None)["pixel_accuracy"] for num in (20, 320))
+    few, many = (score_intervals(counts_of(images(num)), None, None)["pixel_accuracy"] for num in (20, 320))
     assert 2 < width(few) / width(many) < 8  # by the square root of 16
 
 
@@ -163,7 +183,7 @@ def test_about_95_of_100_intervals_hold_the_truth():
     for _ in range(100):
         right = generator.binomial(100, generator.beta(8, 2, 40))
         matrices = np.array([[[hits, 100 - hits], [0, 0]] for hits in right])
-        low, high = score_intervals(matrices, None, None)["pixel_accuracy"]
+        low, high = score_intervals(Counts.of(matrices), None, None)["pixel_accuracy"]
         held += low <= 0.8 <= high
     assert 88 <= held <= 99
 
@@ -172,7 +192,7 @@ def test_a_class_in_a_single_image_has_no_interval():
     """Whatever is drawn, its score would be the same, as if it were certain."""
     pairs = images(5, right=1.1)
     pairs[2][1][0, 0] = 3
-    scores = score_intervals(matrices_of(pairs), boundaries_of(pairs), None)
+    scores = score_intervals(counts_of(pairs), boundaries_of(pairs), None)
     for name in (
         "iou_per_class",
         "dice_per_class",
@@ -188,40 +208,41 @@ def test_a_class_in_a_single_group_has_no_interval_either():
     pairs = images(5, right=1.1)
     for image in (2, 3):
         pairs[image][1][0, 0] = 3
-    assert score_intervals(matrices_of(pairs), None, None)["dice_per_class"][3] is not None
-    assert score_intervals(matrices_of(pairs), None, None, ["a", "b", "c", "c", "d"])["dice_per_class"][3] is None
+    assert score_intervals(counts_of(pairs), None, None)["dice_per_class"][3] is not None
+    assert score_intervals(counts_of(pairs), None, None, ["a", "b", "c", "c", "d"])["dice_per_class"][3] is None
 
 
 def test_one_image_or_one_group_has_no_interval():
-    matrices = matrices_of(images(3))
-    assert score_intervals(matrices[:1], None, None) is None
-    assert score_intervals(matrices, None, None, ["a"] * 3) is None
-    assert paired_interval(matrices[:1], matrices[:1], None) is None
-    assert paired_interval(matrices, matrices, None, ["a"] * 3) is None
+    one, three = counts_of(images(1)), counts_of(images(3))
+    assert score_intervals(one, None, None) is None
+    assert score_intervals(three, None, None, ["a"] * 3) is None
+    assert paired_interval(one, one, None) is None
+    assert paired_interval(three, three, None, ["a"] * 3) is None
 
 
 def test_boundaries_are_left_out_where_they_were_not_measured():
-    scores = score_intervals(matrices_of(images(3)), None, None)
+    scores = score_intervals(counts_of(images(3)), None, None)
     assert set(scores) == {"over", "num", *SCORES}
 
 
 def test_intervals_are_plain_data():
     pairs = images(3)
-    scores = score_intervals(matrices_of(pairs), boundaries_of(pairs), None)
+    scores = score_intervals(counts_of(pairs), boundaries_of(pairs), None)
     assert json.loads(json.dumps(scores, allow_nan=False)) == scores
 
 
 def test_nothing_counted_gives_none_and_no_warning(recwarn):
-    scores = score_intervals(np.zeros((3, 2, 2), np.int64), None, None)
+    nothing = Counts.of(np.zeros((3, 2, 2), np.int64))
+    scores = score_intervals(nothing, None, None)
     assert [scores[name] for name in SCORES] == [None, None, None, [None, None], [None, None]]
-    assert paired_interval(np.zeros((3, 2, 2), np.int64), np.zeros((3, 2, 2), np.int64), None) is None
+    assert paired_interval(nothing, nothing, None) is None
     assert len(recwarn) == 0
 
 
 def test_there_must_be_boundaries_of_each_image():
     pairs = images(3)
-    with pytest.raises(ValueError, match="3 matrices but boundary scores of 2 images"):
-        score_intervals(matrices_of(pairs), boundaries_of(pairs[:2]), None)
+    with pytest.raises(ValueError, match="counts of 3 images but boundary scores of 2"):
+        score_intervals(counts_of(pairs), boundaries_of(pairs[:2]), None)
 
 
 # --- before and after ----------------------------------------------------------------------------------------------
@@ -241,17 +262,18 @@ def test_paired_interval_is_that_of_a_plain_loop():
         - summarize((before * draw[:, None, None]).sum(axis=0), 0)["dice"]
         for draw in resamples(6, groups)
     ]
-    assert paired_interval(before, after, 0, groups) == pytest.approx(tuple(np.percentile(rises, [2.5, 97.5])))
+    ours = paired_interval(Counts.of(before), Counts.of(after), 0, groups)
+    assert ours == pytest.approx(tuple(np.percentile(rises, [2.5, 97.5])))
 
 
 def test_no_change_is_no_rise():
-    matrices = matrices_of(images(5))
-    assert paired_interval(matrices, matrices, None) == (0.0, 0.0)
+    counts = counts_of(images(5))
+    assert paired_interval(counts, counts, None) == (0.0, 0.0)
 
 
 def test_a_change_that_always_helps_lies_above_zero_though_the_intervals_overlap():
     pairs = images(20)
-    before, after = matrices_of(pairs), matrices_of(repaired(pairs, 1))
+    before, after = counts_of(pairs), counts_of(repaired(pairs, 1))
     low, high = paired_interval(before, after, None)
     assert 0 < low < high
     assert score_intervals(before, None, None)["dice"][1] > score_intervals(after, None, None)["dice"][0]
@@ -259,12 +281,11 @@ def test_a_change_that_always_helps_lies_above_zero_though_the_intervals_overlap
 
 def test_back_and_forth_are_opposite():
     pairs = images(8)
-    before, after = matrices_of(pairs), matrices_of(repaired(pairs, 3))
+    before, after = counts_of(pairs), counts_of(repaired(pairs, 3))
     low, high = paired_interval(before, after, None)
     assert paired_interval(after, before, None) == pytest.approx((-high, -low))
 
 
 def test_before_and_after_must_be_the_same_images():
-    matrices = matrices_of(images(3))
     with pytest.raises(ValueError, match="differ in shape"):
-        paired_interval(matrices, matrices[:2], None)
+        paired_interval(counts_of(images(3)), counts_of(images(2)), None)

@@ -52,8 +52,8 @@ class Georeference:
 
     @property
     def pixel_area(self) -> float | None:
-        """The area of a pixel in square units of the coordinate system; None in degrees and without a transform."""
-        if self.transform is None or self.unit is None:
+        """The area of a pixel in square units of the coordinates; None in degrees, and where a system is unknown."""
+        if self.transform is None or self.unit is None or self.crs is None:
             return None
         a, b, _, d, e, _ = self.transform
         return abs(a * e - b * d)

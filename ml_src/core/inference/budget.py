@@ -27,7 +27,7 @@ from ml_src.core.inference.writers import MAX_SIDE
 PICTURE = 26  # bytes a pixel of an overlay or a picture of uncertainty, while it is drawn
 OUTLINES = 24  # bytes a pixel of an image whose outlines are compared
 IN_FLIGHT = 3  # images: one is read, one predicted, one written
-WRITING = 160 << 20  # rows of tiles that are compressed, and what decoders keep
+WRITING = 96 << 20  # rows of tiles that are compressed, and what decoders keep
 
 log = logging.getLogger("ml_src")
 
@@ -118,4 +118,5 @@ def _of_tiles(infos: Sequence[ImageInfo], engine: Engine, options: Options, tile
     band = min(planes.BAND, most_pixels) * (9 + 4 * num_values * (1 + options.probabilities))
     blended = sums + 2 * band
     ahead = (engine.batch_size + READERS) * tile**2 * info.channels * np.dtype(info.dtype).itemsize
-    return blended + ahead + 2 * MOST_BYTES * info.windowed
+    row = min(MOST_BYTES, tile * info.width * info.channels * np.dtype(info.dtype).itemsize)
+    return blended + ahead + 2 * row * info.windowed

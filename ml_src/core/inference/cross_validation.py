@@ -11,21 +11,33 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ml_src.core.atomic import write_json
+import numpy as np
+
+from ml_src.core.atomic import only_writer, write_json
 from ml_src.core.errors import ConfigError
 from ml_src.core.inference.jobs import (
     Measured,
     Prepared,
     Request,
+    begin_anew,
     bounded,
     home_of,
     prepare,
     require_own,
     write_outputs,
 )
-from ml_src.core.inference.measure import Compared, Measuring, compare_split, groups_of, report, results, split_items
+from ml_src.core.inference.measure import (
+    Comparison,
+    Measuring,
+    common_folder,
+    compare_split,
+    groups_of,
+    report,
+    results,
+    split_items,
+)
 from ml_src.core.inference.members import Member, checkpoints, require_same_classes
-from ml_src.core.inference.postprocess import load_chain
+from ml_src.core.inference.postprocess import has_chain
 from ml_src.core.inference.predictor import Options, Predicted
 from ml_src.core.progress import progress_bar
 
@@ -99,8 +111,8 @@ def _require_each_image_once(folds: Sequence[Fold]) -> None:
 
 
 def for_each_fold(
-    folds: Sequence[Fold], text: str, work: Callable[[Fold, Callable[[float], None]], list[Found]]
-) -> list[list[Found]]:
+    folds: Sequence[Fold], text: str, work: Callable[[Fold, Callable[[float], None]], Found]
+) -> list[Found]:
     """Do the work on every fold; it is told how to report the number of its images that are done."""
     ends = list(accumulate(fold.num_images for fold in folds))
     with progress_bar(text, ends[-1], least=1) as advance:
@@ -130,23 +142,32 @@ def measure_folds(request: Request) -> Measured:
     Raises: MLError for all that the user can mend.
     """
     folds = open_folds(request)
-    config = folds[0].job.config
     folder = request.output or _default_folder(folds[0])
     require_own(folder, "cv")
-    (folder / "metrics.json").unlink(missing_ok=True)  # its presence says that what lies beside it is complete
-    drawn, how = replace(request, overlay=True), Measuring(request.tolerance, request.pixel_size)
+    with only_writer(folder):
+        begin_anew(folder)
+        return _measure_into(folder, request, folds)
 
-    def measured(fold: Fold, advance: Callable[[float], None]) -> list[Compared]:
+
+def _measure_into(folder: Path, request: Request, folds: Sequence[Fold]) -> Measured:
+    config = folds[0].job.config
+    drawn, how = replace(request, overlay=True), Measuring(request.tolerance, request.pixel_size)
+    home = common_folder([fold.member for fold in folds], "val")
+
+    def measured(fold: Fold, advance: Callable[[float], None]) -> Comparison:
         def keep(predicted: Predicted) -> None:
             write_outputs(folder, predicted, drawn, fold.job.config)
 
-        return compare_split(fold.job.members, "val", fold.job.options, fold.job.steps, how, keep, advance)
+        options = replace(fold.job.options, folder=folder)
+        return compare_split(fold.job.members, "val", options, fold.job.steps, how, keep, advance, home)
 
-    def scored(found: Sequence[Compared], groups: list[str] | None) -> dict[str, Any]:
+    def scored(found: Comparison, groups: list[str] | None) -> dict[str, Any]:
         return report(found, config.class_names, config.ignore_index, groups, how)
 
     by_fold = for_each_fold(folds, "predicting each fold", measured)
-    merged = scored([one for found in by_fold for one in found], groups_of_folds(folds))
+    images = [one for found in by_fold for one in found.images]
+    total = np.sum([found.matrix for found in by_fold], axis=0)
+    merged = scored(Comparison(images, total), groups_of_folds(folds))
     alone = [scored(found, groups_of(fold.member, "val")) for fold, found in zip(folds, by_fold, strict=True)]
     shared, own = _shared([fold.job.how for fold in folds])
     table = [
@@ -191,7 +212,7 @@ def _remarks(folds: Sequence[Fold]) -> list[str]:
         numbers = ", ".join(map(str, sorted(missing)))
         lines.append(f"Without fold {numbers} of {splits_dir}, for which no checkpoint was given.")
     chosen = "best epoch was"
-    if folds[0].job.request.postprocess is None and any(load_chain(fold.member.path) is not None for fold in folds):
+    if folds[0].job.request.postprocess is None and any(has_chain(fold.member.path) for fold in folds):
         chosen = "best epoch and its post-processing were"
     lines.append(f"Each fold's {chosen} chosen on these very images, so the scores are a little too good.")
     return lines

@@ -1,10 +1,10 @@
 """What ml-inference is asked for: files to predict, or a split to measure. Next to read: `predictor.py`."""
 
-import hashlib
 import json
 import logging
 import math
 import re
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ml_src.core.atomic import remove_leftovers, write_json
+from ml_src.core.atomic import only_writer, remove_leftovers, write_json
+from ml_src.core.checking.output_folder import digest_of
 from ml_src.core.config import Config
 from ml_src.core.data.files import image_info
-from ml_src.core.data.geotiffs import georeference, require_rasterio
+from ml_src.core.data.geotiffs import require_rasterio
 from ml_src.core.device import choose_device, keep_freed_memory
 from ml_src.core.errors import ConfigError, DataError
 from ml_src.core.inference.budget import Extras, within
@@ -27,12 +28,14 @@ from ml_src.core.inference.inputs import Input, find_inputs
 from ml_src.core.inference.journal import JOURNAL, Done, Journal, Stamp, stamp_of
 from ml_src.core.inference.measure import TITLES, Measuring, label_maps, results, split_items, split_report
 from ml_src.core.inference.members import Member, checkpoints, open_member, require_same_classes, weighted
-from ml_src.core.inference.memory import give_back_freed_memory
+from ml_src.core.inference.memory import MIB, format_size, give_back_freed_memory, parse_size
 from ml_src.core.inference.postprocess import chain_path, load_chain
 from ml_src.core.inference.predictor import Failed, Options, Predicted
 from ml_src.core.inference.tiling import ALIGN
 from ml_src.core.inference.views import Aggregation, default_views, parse_views
 from ml_src.core.inference.writers import (
+    SCRATCH,
+    place_of,
     write_mask,
     write_overlay,
     write_polygons,
@@ -47,6 +50,8 @@ MERGES: dict[str, Aggregation] = {"soft_voting": "mean", "hard_voting": "voting"
 
 SMALLEST_TILE = 64  # pixels a side, of --tile
 MOST_OVERLAP = 0.9
+
+NOISE = 16 * MIB  # what a process holds before it predicts differs by less than this from run to run
 
 KINDS = ("masks", "overlays", "probabilities", "uncertainty", "polygons")
 """The folders of outputs."""
@@ -66,7 +71,7 @@ class Request:
     compile: bool = False
     plugins: Sequence[str] = ()
     tile: int | None = None
-    overlap: float = Options.overlap
+    overlap: float | None = None
     blend: str = Options.blend
     batch_size: int | None = None
     max_ram: str | None = None
@@ -119,7 +124,7 @@ class Prepared:
         """All that the outputs depend on, as plain data."""
         options = self.options
         return {
-            "checkpoints": [_sha256(member.path) for member in self.members],
+            "checkpoints": [digest_of(member.path) for member in self.members],
             "weights": [round(member.weight, 6) for member in self.members],
             "ensemble": self.request.ensemble_aggregation if len(self.members) > 1 else None,
             "tta": [view.name for view in options.views[1:]],
@@ -168,7 +173,7 @@ def _require_possible(request: Request) -> None:
     """Raise ConfigError for a number that cannot be; no comparison holds for NaN."""
     for name, possible, advice in (
         ("tile", request.tile is None or request.tile >= SMALLEST_TILE, f"{SMALLEST_TILE} pixels or more"),
-        ("overlap", 0 <= request.overlap <= MOST_OVERLAP, f"a share of 0 to {MOST_OVERLAP}"),
+        ("overlap", request.overlap is None or 0 <= request.overlap <= MOST_OVERLAP, f"a share of 0 to {MOST_OVERLAP}"),
         ("batch_size", request.batch_size is None or request.batch_size >= 1, "1 or more"),
         ("tolerance", 0 < request.tolerance < math.inf, "a number above 0"),
         ("pixel_size", 0 < request.pixel_size < math.inf, "a number above 0"),
@@ -184,6 +189,38 @@ def bounded(job: Prepared, items: Sequence[Input], measured: bool) -> Options:
         return job.options
     extras = Extras(request.overlay or request.uncertainty or measured, measured, bool(job.steps))
     return within(request.max_ram, items, job.members, job.options, extras)
+
+
+def _bounded_as_before(job: Prepared, items: Sequence[Input], folder: Path) -> Options:
+    """Return `bounded` options with the tiles that the journal in a folder records, if it has one.
+
+    --max_ram chooses by what the process holds, so that it may choose otherwise in each run; but outputs of different
+    tiles are not to be mixed. The tiles of work that goes on are those with which it began, also if it began without
+    --max_ram (recorded as None if without --tile too); only the batch is chosen anew. --tile stays the most that is
+    allowed: what is above it is left to the journal to refuse.
+    Raises: ConfigError where the limit is too little for those tiles.
+    """
+    limit, recorded = job.request.max_ram, Journal.recorded_job(folder)
+    if limit is None or recorded is None:
+        return bounded(job, items, measured=False)
+    tile, most = recorded.get("tile"), job.options.tile
+    if most is not None and (tile is None or tile > most):
+        return bounded(job, items, measured=False)
+    # what has just fitted shall fit again
+    request = replace(job.request, max_ram=format_size(parse_size(limit) + NOISE))
+    before = replace(job.options, tile=tile)
+    options = bounded(replace(job, request=request, options=before), items, measured=False)
+    if options.tile is not None and options.tile < _largest_tile(before, job.members):
+        raise ConfigError(
+            f"--max_ram {limit} is too little for the tiles of the interrupted work in {folder}, of "
+            f"{_largest_tile(before, job.members)} pixels: give more, or leave out --resume to begin anew"
+        )
+    return replace(options, tile=tile)
+
+
+def _largest_tile(options: Options, members: Sequence[Member]) -> int:
+    """The longest side in pixels that a network is given."""
+    return options.tile or max(max(member.intake.size or member.intake.tile) for member in members)
 
 
 def _views(request: Request, config: Config) -> Sequence[str]:
@@ -225,21 +262,26 @@ def predict_files(request: Request, words: Sequence[str], recursive: bool, stric
     folder = request.output or home_of(job.members) / "inference" / _folder_name(words)
     items = find_inputs(words, recursive, folder)
     require_own(folder, None)
+    with only_writer(folder):
+        return _predict_into(folder, job, items, strict, resume)
+
+
+def _predict_into(folder: Path, job: Prepared, items: Sequence[Input], strict: bool, resume: bool) -> Summary:
+    request = job.request
     if any(_is_scene(item) for item in items):  # whose memory is to be that of its rows of tiles
         give_back_freed_memory()
-    job = replace(job, options=replace(bounded(job, items, measured=False), folder=folder))
-    journal = Journal(folder, {**job.how, **_outputs(request)}, resume)
+    options = _bounded_as_before(job, items, folder) if resume else bounded(job, items, measured=False)
+    job = replace(job, options=replace(options, folder=folder))
+    chosen = () if request.max_ram is None else ("tile",)
+    journal = Journal(folder, {**job.how, **_outputs(request)}, resume, chosen)
     _remove_leftovers(folder)
     waiting = [item for item in items if not journal.finished(item)]
-    stamps: dict[Input, Stamp] = {}
-    for item in waiting:
-        if item.path.exists():
-            stamps[item] = stamp_of(item.path)
+    stamps = {item: _stamp(item.path) for item in waiting}
     clock = [time.perf_counter()]
 
     def finish(predicted: Predicted) -> None:
         files = write_outputs(folder, predicted, request, job.config)
-        place = georeference(predicted.item.path)
+        place = place_of(predicted.item.path)
         pixels, nodata = _count(predicted, job.config.data.num_classes)
         clock.append(time.perf_counter())
         done = Done(
@@ -255,16 +297,19 @@ def predict_files(request: Request, words: Sequence[str], recursive: bool, stric
         journal.record(predicted.item, done)
 
     problems = []
-    with progress_bar("predicting", len(waiting), least=1) as advance:
-        for item, result in zip(
-            waiting, label_maps(waiting, job.members, job.options, job.steps, finish, advance), strict=True
-        ):
-            if isinstance(result, Failed):
-                if strict:
-                    raise DataError(result.problem)
-                log.warning("skipped: %s", result.problem)
-                journal.record_error(item, result.problem)
-                problems.append(result.problem)
+    try:
+        with progress_bar("predicting", len(waiting), least=1) as advance:
+            found = label_maps(waiting, job.members, job.options, job.steps, finish, advance)
+            for item, result in zip(waiting, found, strict=True):
+                if isinstance(result, Failed):
+                    if strict:
+                        raise DataError(result.problem)
+                    log.warning("skipped: %s", result.problem)
+                    journal.record_error(item, result.problem)
+                    problems.append(result.problem)
+    except KeyboardInterrupt:
+        log.info("To go on, give the same command with --resume")
+        raise
     journal.finish(job.config.class_names)
     return Summary(len(waiting) - len(problems), len(items) - len(waiting), problems, folder)
 
@@ -282,9 +327,34 @@ def measure_split(request: Request, split: str) -> Measured:
     _require_unseen(job.members, split)
     folder = request.output or home_of(job.members) / "inference" / split
     require_own(folder, split)
-    job = replace(job, options=bounded(job, split_items(job.members[0], split), measured=True))
-    (folder / "metrics.json").unlink(missing_ok=True)  # its presence says that what lies beside it is complete
+    options = bounded(job, split_items(job.members[0], split), measured=True)
+    job = replace(job, options=replace(options, folder=folder))
+    with only_writer(folder):
+        begin_anew(folder)
+        return _measure_into(folder, job, split)
+
+
+def begin_anew(folder: Path) -> None:
+    """Remove what an earlier measurement wrote into a folder, and what a killed one left half-written.
+
+    metrics.json goes first: its presence says that what lies beside it is complete.
+    """
+    path = folder / "metrics.json"
+    before = {}
+    if path.is_file():
+        with suppress(ValueError):
+            before = json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+    for one in before.get("per_image", []):
+        for kind in KINDS:
+            for suffix in (".png", ".tif", ".npz", ".geojson"):
+                (folder / kind / (Path(one["image"]).stem + suffix)).unlink(missing_ok=True)
     _remove_leftovers(folder)
+
+
+def _measure_into(folder: Path, job: Prepared, split: str) -> Measured:
+    request = job.request
+    contents = {"split": split, "checkpoints": [str(member.path) for member in job.members], "how": job.how}
     drawn = replace(request, overlay=True)
 
     def keep(predicted: Predicted) -> None:
@@ -293,10 +363,7 @@ def measure_split(request: Request, split: str) -> Measured:
     how = Measuring(request.tolerance, request.pixel_size)
     with progress_bar(f"predicting {split}", job.members[0].task.num_images(split), least=1) as advance:
         report = split_report(job.members, split, job.options, job.steps, how, keep, advance)
-    write_json(
-        folder / "metrics.json",
-        {"split": split, "checkpoints": [str(member.path) for member in job.members], "how": job.how, **report},
-    )
+    write_json(folder / "metrics.json", {**contents, **report})
     return Measured(results(TITLES[split], report, job.config.ignore_index), folder)
 
 
@@ -319,10 +386,16 @@ def write_outputs(folder: Path, predicted: Predicted, request: Request, config: 
         files.append(write_probabilities(path, predicted.probs, config.class_names, request.save_probs, item.path))
     if request.uncertainty:
         assert predicted.uncertainty is not None
-        files.append(write_uncertainty(at("uncertainty"), predicted.uncertainty, item.path))
+        files.extend(write_uncertainty(at("uncertainty"), predicted.uncertainty, item.path))
     if request.polygons:
         files.append(write_polygons(at("polygons"), labels, config.class_names, nodata, item.path))
     return files
+
+
+def _stamp(path: Path) -> Stamp | None:
+    with suppress(DataError):  # it may yet come, but what it is then was not known before it was read
+        return stamp_of(path)
+    return None
 
 
 def _is_scene(item: Input) -> bool:
@@ -400,8 +473,5 @@ def _remove_leftovers(folder: Path) -> None:
     for kind in KINDS:
         for below in (folder / kind, *(folder / kind).rglob("*/")):
             remove_leftovers(below)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    for scratch in folder.glob(f"{SCRATCH}*/"):
+        shutil.rmtree(scratch)

@@ -8,7 +8,7 @@ import codecs
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO, NamedTuple
@@ -33,7 +33,7 @@ class Stamp(NamedTuple):
 class Done(NamedTuple):
     """What is to be remembered of an input whose outputs are in their places."""
 
-    stamp: Stamp  # taken before the input was read
+    stamp: Stamp | None  # taken before the input was read; None where it was not there yet
     height: int
     width: int
     pixels: Sequence[int]  # of each class, class 0 first
@@ -55,6 +55,11 @@ def stamp_of(path: Path) -> Stamp:
     return Stamp(status.st_size, status.st_mtime_ns)
 
 
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None where it is not there."""
+    return path.stat().st_size if path.is_file() else None
+
+
 class Journal:
     """The finished inputs of a job, on the disk; of each only its name is held in memory.
 
@@ -62,12 +67,14 @@ class Journal:
         output_dir: where the predictions go; made if it is not there.
         job: what the outputs depend on, as plain data: hashes of checkpoints, options. Not what they do not depend on,
             such as the batch size.
-        resume: keep what is finished; otherwise the same job begins anew. Without a journal both are the same.
+        resume: keep what is finished; otherwise the same job begins anew, and what the journal lists is removed.
+            Without a journal both are the same.
+        chosen: keys of the job that nobody asked for: what begins anew may differ in them.
 
     Raises: ConfigError where the folder holds predictions of another job.
     """
 
-    def __init__(self, output_dir: Path, job: Mapping[str, Any], resume: bool) -> None:
+    def __init__(self, output_dir: Path, job: Mapping[str, Any], resume: bool, chosen: Collection[str] = ()) -> None:
         if output_dir.exists() and not output_dir.is_dir():
             raise ConfigError(f"{output_dir} is a file: give a folder with --output")
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -77,21 +84,34 @@ class Journal:
         first = json.dumps({"job": job})
         known = self._path.exists()
         if known:
-            self._require_same(json.loads(first)["job"])
+            self._require_same(json.loads(first)["job"], () if resume else chosen)
         remove_leftovers(output_dir)
         (output_dir / PREDICTIONS).unlink(missing_ok=True)
         if known and resume:
             self._lines, end = _read(self._path)
             os.truncate(self._path, end)
-        else:
-            write_text(self._path, first + "\n")
+            return
+        if known:  # and stays until all that it lists is gone, also after a kill
+            with self._path.open("rb") as file:
+                for line in file:
+                    self._remove((_entry(line) or {}).get("files", ()))
+        write_text(self._path, first + "\n")
 
-    def _require_same(self, job: Entry) -> None:
-        with self._path.open("rb") as file:
-            before = (_entry(file.readline()) or {}).get("job")
-        if not isinstance(before, dict):
+    @staticmethod
+    def recorded_job(output_dir: Path) -> Entry | None:
+        """Return the job of the journal in a folder; None where there is no journal of ml-inference."""
+        try:
+            with (output_dir / JOURNAL).open("rb") as file:
+                job = (_entry(file.readline()) or {}).get("job")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return job if isinstance(job, dict) else None
+
+    def _require_same(self, job: Entry, chosen: Collection[str]) -> None:
+        before = self.recorded_job(self.output_dir)
+        if before is None:
             raise ConfigError(f"{self._path} is no journal of ml-inference: give another --output or remove it")
-        if key := _difference(before, job):
+        if key := _difference(before, job, chosen):
             raise ConfigError(
                 f"{self.output_dir} holds the predictions of another checkpoint or other options ({key}): "
                 "give another --output or remove it"
@@ -99,17 +119,16 @@ class Journal:
 
     def finished(self, item: Input) -> bool:
         """Whether an input was predicted, has not changed since, and its outputs are still there."""
-        start = self._lines.get(str(item.name))
-        if start is None:
+        if str(item.name) not in self._lines:
             return False
-        with self._path.open("rb") as file:
-            entry = _entry_at(file, start)
-        if "error" in entry or not all((self.output_dir / name).is_file() for name in entry["files"]):
+        entry = self._entry_of(str(item.name))
+        if "error" in entry or any(_size(self.output_dir / name) != size for name, size in entry["files"].items()):
             return False
         try:
-            return stamp_of(item.path) == (entry["size"], entry["mtime"])
+            same = stamp_of(item.path) == (entry["size"], entry["mtime"])
         except DataError:  # it has gone, which is for whoever reads it to say
             return False
+        return same and str(item.path.resolve()) == entry.get("real")
 
     def record(self, item: Input, done: Done) -> None:
         """Remember a finished input. Its outputs are in their places, or a kill would leave it finished without."""
@@ -117,15 +136,16 @@ class Journal:
             {
                 "name": str(item.name),
                 "path": str(item.path),
-                "size": done.stamp.size,
-                "mtime": done.stamp.mtime,
+                "real": str(item.path.resolve()),  # `path` may name another file from another folder
+                "size": done.stamp and done.stamp.size,
+                "mtime": done.stamp and done.stamp.mtime,
                 "height": done.height,
                 "width": done.width,
                 "pixels": [int(count) for count in done.pixels],
                 "pixels_nodata": int(done.pixels_nodata),
                 "pixel_area": done.pixel_area,
                 "seconds": round(done.seconds, 3),
-                "files": [path.relative_to(self.output_dir).as_posix() for path in done.files],
+                "files": {path.relative_to(self.output_dir).as_posix(): _size(path) for path in done.files},
             }
         )
 
@@ -135,9 +155,22 @@ class Journal:
 
     def _append(self, entry: Entry) -> None:
         with self._lock, self._path.open("ab") as file:
+            if entry["name"] in self._lines:
+                self._remove(set(self._entry_of(entry["name"]).get("files", ())) - set(entry.get("files", ())))
             start = file.tell()
             file.write(json.dumps(entry).encode() + b"\n")
             self._lines[entry["name"]] = start
+
+    def _entry_of(self, name: str) -> Entry:
+        with self._path.open("rb") as file:
+            return _entry_at(file, self._lines[name])
+
+    def _remove(self, names: Iterable[str]) -> None:
+        """Remove outputs of an earlier prediction, and nothing that is not below the output folder."""
+        home = self.output_dir.resolve()
+        for path in (self.output_dir / name for name in names):
+            if path.is_file() and path.parent.resolve().is_relative_to(home):
+                path.unlink()
 
     def finish(self, class_names: Sequence[str]) -> None:
         """Write predictions.csv: a line for each input in the journal, sorted by name.
@@ -161,9 +194,9 @@ class Journal:
                 yield _entry_at(file, self._lines[name])
 
 
-def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """Return the first key whose values differ."""
-    return next((key for key in {**other, **one} if one.get(key) != other.get(key)), None)
+def _difference(one: Mapping[str, Any], other: Mapping[str, Any], but: Collection[str]) -> str | None:
+    """Return the first key whose values differ, but for some that may."""
+    return next((key for key in {**other, **one} if key not in but and one.get(key) != other.get(key)), None)
 
 
 def _read(path: Path) -> tuple[dict[str, int], int]:

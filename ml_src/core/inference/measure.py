@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +21,8 @@ from ml_src.core.inference.planes import Plane
 from ml_src.core.inference.postprocess import apply_postprocessing
 from ml_src.core.inference.predictor import Failed, Options, Predicted, predict
 from ml_src.core.metrics.boundary import BoundaryScores, boundary_scores, summarize_boundaries
-from ml_src.core.metrics.intervals import score_intervals
-from ml_src.core.metrics.segmentation import ConfusionMatrix, summarize
+from ml_src.core.metrics.intervals import Counts, score_intervals
+from ml_src.core.metrics.segmentation import ConfusionMatrix, Matrix, summarize
 from ml_src.core.postprocess_specs import PostprocessStep
 from ml_src.core.transforms.source import Window
 
@@ -39,11 +39,19 @@ class Measuring:
 
 
 class Compared(NamedTuple):
-    """A label map beside its truth."""
+    """A label map beside its truth. Its matrix is not kept: of many images and classes that would be gigabytes."""
 
     pair: Pair
-    matrix: NDArray[np.int64]  # (C, C)
+    counts: Counts  # (C,) each
+    scores: dict[str, Any]  # of this image alone, as in metrics.json
     boundaries: BoundaryScores | None  # None for images above MOST_PIXELS
+
+
+class Comparison(NamedTuple):
+    """Label maps beside their truths."""
+
+    images: list[Compared]
+    matrix: Matrix  # (C, C), over all of them
 
 
 def compare_split(
@@ -54,34 +62,54 @@ def compare_split(
     how: Measuring,
     keep: Callable[[Predicted], object] | None = None,
     advance: Callable[[float], None] = lambda done: None,
-) -> list[Compared]:
+    home: Path | None = None,
+) -> Comparison:
     """Predict the images of a split of the first member's data, and compare each with its mask.
 
-    `keep` is given every prediction, post-processed, in a thread of its own.
+    `keep` is given every prediction, post-processed, in a thread of its own; `home` is as in `split_items`.
     Raises: DataError for a file that cannot be read.
     """
-    config, items = members[0].config, split_items(members[0], split)
+    config, items = members[0].config, split_items(members[0], split, home)
     by_item = dict(zip(items, members[0].task.pairs(split), strict=True))
 
-    def finish(predicted: Predicted) -> Compared:
+    def finish(predicted: Predicted) -> tuple[Compared, Matrix]:
         if keep is not None:
             keep(predicted)
         num_classes, ignore_index = config.data.num_classes, config.ignore_index
         return compare(by_item[predicted.item], predicted.labels, num_classes, ignore_index, how)
 
-    found = []
+    images = []
+    total = np.zeros((config.data.num_classes, config.data.num_classes), np.int64)
     for result in label_maps(items, members, options, steps, finish, advance):
         if isinstance(result, Failed):
             raise DataError(result.problem)
-        found.append(result)
-    return found
+        compared, matrix = result
+        images.append(compared)
+        total += matrix
+    return Comparison(images, total)
 
 
-def split_items(member: Member, split: str) -> list[Input]:
-    """Return the images of a split, named by where they lie in the folder that has all of them."""
+def split_items(member: Member, split: str, home: Path | None = None) -> list[Input]:
+    """Return the images of a split, named by where they lie in `home`; None is `common_folder` of this split alone."""
+    home = home or common_folder([member], split)
     paths = [pair.image for pair in member.task.pairs(split)]
-    home = os.path.commonpath([path.parent for path in paths])
-    return [Input(PurePosixPath(path.relative_to(home).with_suffix("").as_posix()), path) for path in paths]
+    names = [_place(path, member.task.data_dir).relative_to(home).with_suffix("") for path in paths]
+    return [Input(PurePosixPath(name.as_posix()), path) for name, path in zip(names, paths, strict=True)]
+
+
+def common_folder(members: Sequence[Member], split: str) -> Path:
+    """Return the deepest folder that has all images of a split of each member, as an absolute path."""
+    folders = {
+        _place(pair.image, member.task.data_dir).parent for member in members for pair in member.task.pairs(split)
+    }
+    return Path(os.path.commonpath(folders))
+
+
+def _place(image: Path, data_dir: Path) -> Path:
+    """Where an image lies, in the same words however the folder of the data is given."""
+    if image.is_relative_to(data_dir):
+        image = data_dir.resolve() / image.relative_to(data_dir)
+    return Path(os.path.abspath(image))  # noqa: PTH100 - resolved, a link would lose its name
 
 
 def label_maps(
@@ -98,35 +126,53 @@ def label_maps(
     def work(predicted: Predicted | Failed) -> Any:
         if isinstance(predicted, Failed):
             return predicted
-        if steps:
-            rows = predicted.guide
-            predicted.labels = apply_postprocessing(predicted.labels, steps, num_classes, predicted.nodata, rows)
-        return finish(predicted)
+        try:
+            if steps:
+                rows = predicted.guide
+                predicted.labels = apply_postprocessing(predicted.labels, steps, num_classes, predicted.nodata, rows)
+            return finish(predicted)
+        except DataError as error:  # the file has gone or changed since it was read
+            return Failed(predicted.item, str(error))
 
     for _, result in in_order(work, predict(items, members, options, advance), ahead=1):
         yield result
 
 
-def compare(pair: Pair, labels: Plane, num_classes: int, ignore_index: int, how: Measuring) -> Compared:
-    """Count a label map against the mask of its image, by bands, and compare the outlines.
+def compare(pair: Pair, labels: Plane, num_classes: int, ignore_index: int, how: Measuring) -> tuple[Compared, Matrix]:
+    """Count a label map against the mask of its image, by bands, and compare the outlines; return the matrix too.
+
+    Raises: DataError where the mask has another size than its image.
+    """
+    confusion, masks = ConfusionMatrix(num_classes, ignore_index), []
+    with_outlines = math.prod(labels.shape) <= MOST_PIXELS
+    for top, bottom, mask in true_bands(pair, labels, ignore_index):
+        confusion.update(labels.rows(top, bottom), mask)
+        if with_outlines:
+            masks.append(mask)
+    outlines = None
+    if with_outlines:
+        mask = np.concatenate(masks)
+        outlines = boundary_scores(labels.whole(), mask, num_classes, ignore_index, how.tolerance, how.pixel_size)
+    matrix = confusion.matrix
+    return Compared(pair, Counts.of(matrix), _scores(matrix, ignore_index), outlines), matrix
+
+
+def true_bands(pair: Pair, labels: Plane, ignore_index: int) -> Iterator[tuple[int, int, NDArray[Any]]]:
+    """Yield the mask of a pair by the bands of its label map: top, bottom, rows (n, W), ignored where there is no data.
 
     Raises: DataError where the mask has another size than its image.
     """
     truth = Truth(pair)
     require_size((truth.mask.height, truth.mask.width), labels.shape, pair)
-    confusion = ConfusionMatrix(num_classes, ignore_index)
-    if math.prod(labels.shape) > MOST_PIXELS:
-        for top, bottom in labels.bands():
-            mask, nowhere = truth.read(Window(top, 0, bottom - top, labels.shape[1]))
-            confusion.update(
-                labels.rows(top, bottom), mask if nowhere is None else ignored(mask, nowhere, ignore_index)
-            )
-        return Compared(pair, confusion.matrix, None)
-    mask, nowhere = truth.read()
-    mask = mask if nowhere is None else ignored(mask, nowhere, ignore_index)
-    confusion.update(labels.whole(), mask)
-    outlines = boundary_scores(labels.whole(), mask, num_classes, ignore_index, how.tolerance, how.pixel_size)
-    return Compared(pair, confusion.matrix, outlines)
+    whole = None if truth.windowed else _counted(truth, None, ignore_index)  # each band would decode all of it
+    for top, bottom in labels.bands():
+        window = Window(top, 0, bottom - top, labels.shape[1])
+        yield top, bottom, _counted(truth, window, ignore_index) if whole is None else whole[top:bottom]
+
+
+def _counted(truth: Truth, window: Window | None, ignore_index: int) -> NDArray[Any]:
+    mask, nowhere = truth.read(window)
+    return mask if nowhere is None else ignored(mask, nowhere, ignore_index)
 
 
 def split_report(
@@ -145,7 +191,7 @@ def split_report(
 
 
 def report(
-    found: Sequence[Compared],
+    found: Comparison,
     class_names: Sequence[str],
     ignore_index: int,
     groups: Sequence[str] | None,
@@ -154,21 +200,21 @@ def report(
     """Return the scores over all images and of each, as plain data: what metrics.json has.
 
     Args:
-        found: one an image.
+        found: the images, and the matrix over all of them.
         class_names: one a class.
         ignore_index: may be one of the classes.
         groups: of each image, where images belong together; intervals are then over groups.
         how: what was compared.
     """
-    matrices = np.stack([one.matrix for one in found])
-    one_group = groups is not None and len(set(groups)) == 1
-    outlines = [one.boundaries for one in found if one.boundaries is not None]
-    complete = outlines if len(outlines) == len(found) else None
-    intervals = score_intervals(matrices, complete, ignore_index, None if one_group else groups)
+    images, one_group = found.images, groups is not None and len(set(groups)) == 1
+    outlines = [one.boundaries for one in images if one.boundaries is not None]
+    complete = outlines if len(outlines) == len(images) else None
+    counts = Counts.stacked([one.counts for one in images])
+    intervals = score_intervals(counts, complete, ignore_index, None if one_group else groups)
     return {
-        "num_images": len(found),
+        "num_images": len(images),
         "class_names": list(class_names),
-        **_scores(matrices.sum(axis=0), ignore_index),
+        **_scores(found.matrix, ignore_index),
         "boundaries": {
             "num_images": len(outlines),
             "tolerance": how.tolerance,
@@ -176,11 +222,8 @@ def report(
             **(summarize_boundaries(outlines) if outlines else {}),
         },
         "intervals": intervals and {"one_group": one_group, **intervals},
-        "confusion_matrix": matrices.sum(axis=0).tolist(),
-        "per_image": [
-            {"image": one.pair.image.name, **_scores(one.matrix, ignore_index), **_outlines(one.boundaries)}
-            for one in found
-        ],
+        "confusion_matrix": found.matrix.tolist(),
+        "per_image": [{"image": one.pair.image.name, **one.scores, **_outlines(one.boundaries)} for one in images],
     }
 
 
@@ -192,7 +235,7 @@ def groups_of(member: Member, split: str) -> list[str] | None:
         return None
 
 
-def _scores(matrix: NDArray[np.int64], ignore_index: int) -> dict[str, Any]:
+def _scores(matrix: Matrix, ignore_index: int) -> dict[str, Any]:
     """The scores of one matrix, with None for what is not defined (JSON knows no NaN)."""
     return {key: _defined(value) for key, value in summarize(matrix, ignore_index).items()}
 

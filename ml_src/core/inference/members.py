@@ -116,9 +116,9 @@ def placed(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def checkpoints(words: Sequence[Path]) -> list[Path]:
-    """Return the checkpoints that files, run folders and patterns of either name, each once, in the order given.
+    """Return the checkpoints that files, run folders and patterns of either name, in the order given.
 
-    Raises: ConfigError for a pattern that nothing fits, or a run without a best.pt.
+    Raises: ConfigError for a pattern that nothing fits, a run without a best.pt, and what is named twice.
     """
     found: dict[Path, Path] = {}
     for word in words:
@@ -132,7 +132,9 @@ def checkpoints(words: Sequence[Path]) -> list[Path]:
                 if not (path / BEST).is_file():
                     raise ConfigError(f"{path} has no {BEST}: give the folders of runs that have been trained")
                 path = path / BEST
-            found.setdefault(path.resolve(), path)
+            if path.resolve() in found:
+                raise ConfigError(f"{path} is named twice: give each checkpoint once")
+            found[path.resolve()] = path
     return list(found.values())
 
 
@@ -147,12 +149,10 @@ def weighted(members: Sequence[Member], weights: Sequence[float] | None) -> list
     Raises: ConfigError unless there is a number of 0 or more for each member, and one that is more.
     """
     given = [1.0] * len(members) if weights is None else list(weights)
-    possible = all(0 <= weight < math.inf for weight in given) and sum(given) > 0
-    if len(given) != len(members) or not possible:
-        raise ConfigError(
-            f"--ensemble_weights has {len(given)} numbers for {len(members)} checkpoints: give each one of 0 or more, "
-            "not all 0"
-        )
+    if len(given) != len(members):
+        raise ConfigError(f"--ensemble_weights has {len(given)} numbers for {len(members)} checkpoints: give each one")
+    if not all(0 <= weight < math.inf for weight in given) or not sum(given):
+        raise ConfigError(f"--ensemble_weights {' '.join(map(str, given))} cannot be: give 0 or more, not all 0")
     shares = [weight / sum(given) for weight in given]
     return [replace(member, weight=share) for member, share in zip(members, shares, strict=True) if share]
 

@@ -8,7 +8,6 @@ import ctypes
 import math
 import os
 import re
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,6 +52,8 @@ def resident() -> int:
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
+        import resource  # which Windows lacks
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 

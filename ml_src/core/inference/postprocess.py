@@ -4,6 +4,7 @@ All work by bands of rows, and give what they would give on the whole map. Pixel
 beyond the edge of the image: they never change, and they count for nothing.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 from numpy.typing import NDArray
 
 from ml_src.core.atomic import write_text
+from ml_src.core.checking.output_folder import digest_of
 from ml_src.core.config_file import read_yaml
 from ml_src.core.errors import ConfigError
 from ml_src.core.inference.components import (
@@ -46,7 +48,9 @@ from ml_src.core.postprocess_specs import (
 )
 
 CHAIN_NAME = "postprocess.yaml"
-HEAD = "# Chosen on held-out predictions for the checkpoints beside this file, which are used with it from then on.\n"
+HEAD = "# Chosen on held-out predictions for the checkpoints of these SHA-256, which are used with it from then on.\n"
+
+log = logging.getLogger("ml_src")
 
 Choice = Callable[[Band], Bools]  # which regions (k + 1,) of a band are given away; the first entry does not matter
 
@@ -81,25 +85,51 @@ def apply_postprocessing(
 
 
 def chain_path(checkpoint_path: Path) -> Path:
-    """Return where the chain of steps that was chosen for a checkpoint lies."""
+    """Return where the chain of steps that was chosen for a checkpoint lies: one of a folder."""
     return checkpoint_path.with_name(CHAIN_NAME)
 
 
 def load_chain(checkpoint_path: Path) -> list[PostprocessStep] | None:
     """Return the steps that were chosen for a checkpoint, or None where none were.
 
+    Steps for another checkpoint, such as an older one of this name, are passed over with a warning.
     Raises: ConfigError where the file is damaged.
     """
     path = chain_path(checkpoint_path)
     if not path.exists():
         return None
     contents = read_yaml(path)
-    return steps_from_yaml(contents.get("postprocess") if isinstance(contents, dict) else None, str(path))
+    steps = steps_from_yaml(contents.get("postprocess") if isinstance(contents, dict) else None, str(path))
+    if has_chain(checkpoint_path):
+        return steps
+    log.warning(
+        "%s was tuned for another checkpoint than %s and is not used: tune again, or give the steps with --postprocess",
+        path,
+        checkpoint_path.name,
+    )
+    return None
 
 
-def save_chain(checkpoint_path: Path, steps: Sequence[PostprocessStep], facts: Mapping[str, Any]) -> None:
-    """Write the steps that were chosen for a checkpoint, and facts (plain data) about the choice, beside it."""
-    contents = {"postprocess": steps_to_yaml(steps), "facts": dict(facts)}
+def has_chain(checkpoint_path: Path) -> bool:
+    """Whether steps were chosen for this very checkpoint.
+
+    Raises: ConfigError where the file is damaged.
+    """
+    path = chain_path(checkpoint_path)
+    contents = read_yaml(path) if path.exists() and checkpoint_path.exists() else None
+    digests = contents.get("checkpoints") if isinstance(contents, dict) else None
+    return isinstance(digests, list) and digest_of(checkpoint_path) in digests
+
+
+def save_chain(
+    checkpoint_path: Path, steps: Sequence[PostprocessStep], facts: Mapping[str, Any], others: Sequence[Path] = ()
+) -> None:
+    """Write the steps that were chosen for a checkpoint, and facts (plain data) about the choice, beside it.
+
+    `others` are checkpoints of the same folder that the steps were chosen for too.
+    """
+    digests = [digest_of(path) for path in (checkpoint_path, *others)]
+    contents = {"postprocess": steps_to_yaml(steps), "checkpoints": digests, "facts": dict(facts)}
     text = yaml.safe_dump(contents, sort_keys=False, allow_unicode=True)
     write_text(chain_path(checkpoint_path), HEAD + text)
 

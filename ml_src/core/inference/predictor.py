@@ -34,6 +34,7 @@ from ml_src.core.transforms.source import Size, Window
 
 READERS = 2  # threads
 BLACK = (torch.tensor(2.0), torch.tensor(1.0))  # mean and deviation of numbers that do not begin at black
+CONTEXT = 128  # pixels around each that a network of four levels sees: so much should tiles overlap
 WHOLE = 1.25  # an image so many times as long and wide as a tile is not cut
 
 
@@ -42,7 +43,7 @@ class Options:
     """How images are predicted."""
 
     tile: int | None = None  # side in pixels; None is what the network has seen in training
-    overlap: float = 0.25
+    overlap: float | None = None  # share of a tile's side; None is a quarter, or 128 pixels, but at most half
     blend: str = "gaussian"
     batch_size: int | None = None  # None is that of training
     views: Sequence[View] = (View(),)
@@ -285,7 +286,10 @@ class Engine:
             tile = (self.options.tile, self.options.tile)
         elif all(side <= WHOLE * limit for side, limit in zip(canvas, tile, strict=True)):
             tile = canvas
-        return Grid(canvas, tile, self.options.overlap, self.options.blend)
+        overlap = self.options.overlap
+        if overlap is None:
+            overlap = min(0.5, max(0.25, CONTEXT / min(tile)))
+        return Grid(canvas, tile, overlap, self.options.blend)
 
     def _predicted(self, batch: Sequence[tuple[Work, NDArray[Any]]]) -> Iterator[Band]:
         values = self.values(np.stack([pixels for _, pixels in batch]))

@@ -11,6 +11,7 @@ from ml_src.core.data.files import Pair, image_info, read_image
 from ml_src.core.data.headers import read_header
 from ml_src.core.data.segmentation import open_source
 from ml_src.core.data.truth import can_miss
+from ml_src.core.errors import DataError
 from ml_src.core.inference.inputs import Input
 from ml_src.core.inference.members import Member
 from ml_src.core.transforms.source import Arrays, Size, Source, Window
@@ -22,12 +23,18 @@ MOST_BYTES = 64 << 20  # of a row of tiles that is read at once: files in strips
 class Scene:
     """An image to predict. Its pixels are read when the first tile is asked for, by whatever thread asks.
 
-    Raises: DataError where its header cannot be read.
+    Raises: DataError where its header cannot be read, or it has other channels than the network's images.
     """
 
     def __init__(self, item: Input, member: Member) -> None:
         self.item, self._member = item, member
         info = image_info(item.path)
+        expected = member.intake.channels
+        if info.channels != expected and {info.channels, expected} != {1, 3}:
+            raise DataError(
+                f"{item.path} has {info.channels} channels, but the network was trained on {expected}: give images of "
+                "as many"
+            )
         self.size: Size = (info.height, info.width)
         self.canvas: Size = member.intake.size or self.size
         self.windowed = info.windowed and self.canvas == self.size

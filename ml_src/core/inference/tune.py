@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -18,20 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_src.core.data.files import Pair
-from ml_src.core.data.segmentation import ignored, require_size
-from ml_src.core.data.truth import Truth
+from ml_src.core.data.segmentation import open_source
 from ml_src.core.errors import DataError
 from ml_src.core.inference.components import Ints, find_regions
 from ml_src.core.inference.cross_validation import Fold, for_each_fold, groups_of_folds, open_folds
 from ml_src.core.inference.inputs import Input
 from ml_src.core.inference.jobs import Request
-from ml_src.core.inference.measure import label_maps
+from ml_src.core.inference.measure import label_maps, true_bands
 from ml_src.core.inference.planes import Plane
 from ml_src.core.inference.postprocess import apply_postprocessing, chain_path, save_chain
 from ml_src.core.inference.predictor import Failed, Predicted
 from ml_src.core.inference.refine import Guide
-from ml_src.core.metrics.intervals import paired_interval
-from ml_src.core.metrics.segmentation import ConfusionMatrix, Matrix, dice, mean_over_present
+from ml_src.core.metrics.intervals import Counts, paired_interval
+from ml_src.core.metrics.segmentation import ConfusionMatrix, mean_over_present
 from ml_src.core.postprocess_specs import (
     Closing,
     Crf,
@@ -44,7 +43,6 @@ from ml_src.core.postprocess_specs import (
     named_classes,
 )
 from ml_src.core.progress import progress_bar
-from ml_src.core.transforms.source import Window
 
 MOST_STEPS = 6
 RADII = (1, 2, 3)  # of opening and closing
@@ -60,9 +58,9 @@ class Case(NamedTuple):
 
     labels: Plane  # (H, W)
     truth: Plane  # (H, W)
-    matrix: Matrix  # (C, C), of these two
+    counts: Counts  # (C,) each, of these two
     nodata: int | None
-    guide: Guide
+    guide: Guide  # reads the image when it is asked: those of all cases would fill the memory
 
 
 @dataclass(frozen=True)
@@ -120,13 +118,13 @@ def tune(request: Request) -> Tuned:
     _require_two(folds, groups)
     config = folds[0].job.config
     judging = Judging(config.data.num_classes, config.ignore_index, groups)
-    by_fold = for_each_fold(folds, "predicting each fold", partial(_cases, judging=judging))
+    by_fold = for_each_fold(folds, "predicting each fold", partial(cases_of, judging=judging))
     before = [case for cases in by_fold for case in cases]
     rounds, after = search(before, judging, config.inference.postprocess)
-    gain = paired_interval(_matrices(before), _matrices(after), judging.ignore_index, groups)
+    gain = paired_interval(_counts(before), _counts(after), judging.ignore_index, groups)
     facts = {
-        "mean_dice_before": round(_mean_dice(_matrices(before), judging), 6),
-        "mean_dice_after": round(_mean_dice(_matrices(after), judging), 6),
+        "mean_dice_before": round(_mean_dice(_counts(before), judging), 6),
+        "mean_dice_after": round(_mean_dice(_counts(after), judging), 6),
         "interval_of_gain": None if gain is None else [round(bound, 6) for bound in gain],
         "interval_over": "images" if groups is None else "groups",
         "num_images": len(before),
@@ -134,10 +132,12 @@ def tune(request: Request) -> Tuned:
         "tta": [view.name for view in folds[0].job.options.views[1:]],
     }
     steps = [one.kept.step for one in rounds if one.kept is not None]
+    beside: dict[Path, list[Path]] = {}
     for fold in folds:
-        save_chain(fold.member.path, steps, facts)
-    paths = dict.fromkeys(chain_path(fold.member.path) for fold in folds)
-    return Tuned(steps, _in_words(rounds, facts), list(paths))
+        beside.setdefault(chain_path(fold.member.path), []).append(fold.member.path)
+    for first, *others in beside.values():
+        save_chain(first, steps, facts, others)
+    return Tuned(steps, _in_words(rounds, facts), list(beside))
 
 
 def _require_two(folds: Sequence[Fold], groups: list[str] | None) -> None:
@@ -151,14 +151,20 @@ def _require_two(folds: Sequence[Fold], groups: list[str] | None) -> None:
         )
 
 
-def _cases(fold: Fold, advance: Callable[[float], None], judging: Judging) -> list[Case]:
+def cases_of(fold: Fold, advance: Callable[[float], None], judging: Judging) -> list[Case]:
     """Predict the validation images of a fold."""
+    transforms, channels = fold.member.task.val_transforms, fold.member.intake.channels
+
+    @lru_cache(maxsize=os.cpu_count())  # so many are worked on at a time, and each step asks for bands
+    def read(path: Path) -> NDArray[Any]:
+        return open_source(Pair(path, path), transforms, channels, with_masks=False).read(None)[0]
+
     pairs = fold.member.task.pairs("val")
     items = [Input(PurePosixPath(pair.image.stem), pair.image) for pair in pairs]
     by_item = dict(zip(items, pairs, strict=True))
 
     def finish(predicted: Predicted) -> Case:
-        return case_of(by_item[predicted.item], predicted, judging)
+        return case_of(by_item[predicted.item], predicted, judging, read)
 
     found = []
     for result in label_maps(items, fold.job.members, fold.job.options, [], finish, advance):
@@ -168,36 +174,39 @@ def _cases(fold: Fold, advance: Callable[[float], None], judging: Judging) -> li
     return found
 
 
-def case_of(pair: Pair, predicted: Predicted, judging: Judging) -> Case:
+def case_of(pair: Pair, predicted: Predicted, judging: Judging, read: Callable[[Path], NDArray[Any]]) -> Case:
     """Put a prediction beside its truth.
 
+    `read` gives an image, (H, W, channels), as it was when it was predicted, where it was read whole then.
     Raises: DataError where the mask has another size than its image.
     """
-    labels, source = predicted.labels, Truth(pair)
-    require_size((source.mask.height, source.mask.width), labels.shape, pair)
+    labels = predicted.labels
     truth = Plane(labels.shape, np.uint8 if max(judging.num_classes - 1, judging.ignore_index) <= 255 else np.uint16)
-    matrix = np.zeros((judging.num_classes, judging.num_classes), np.int64)
-    for top, bottom in labels.bands():
-        mask, nowhere = source.read(Window(top, 0, bottom - top, labels.shape[1]))
-        mask = mask if nowhere is None else ignored(mask, nowhere, judging.ignore_index)
-        matrix += _counted(labels.rows(top, bottom), mask, judging)
+    confusion = ConfusionMatrix(judging.num_classes, judging.ignore_index)
+    for top, bottom, mask in true_bands(pair, labels, judging.ignore_index):
+        confusion.update(labels.rows(top, bottom), mask)
         truth.put(top, mask)
-    return Case(labels, truth, matrix, predicted.nodata, predicted.guide)
+    guide = predicted.guide if predicted.image is None else partial(_rows_of, read, pair.image)
+    return Case(labels, truth, Counts.of(confusion.matrix), predicted.nodata, guide)
 
 
-def _counted(labels: NDArray[Any], mask: NDArray[Any], judging: Judging) -> Matrix:
+def _rows_of(read: Callable[[Path], NDArray[Any]], path: Path, top: int, bottom: int) -> NDArray[Any]:
+    return read(path)[top:bottom]
+
+
+def _counted(labels: NDArray[Any], mask: NDArray[Any], judging: Judging) -> Counts:
     confusion = ConfusionMatrix(judging.num_classes, judging.ignore_index)
     confusion.update(labels, mask)
-    return confusion.matrix
+    return Counts.of(confusion.matrix)
 
 
-def _mean_dice(matrices: Matrix, judging: Judging) -> float:
-    """Mean Dice over the classes, from the sum of matrices (N, C, C)."""
-    return mean_over_present(dice(matrices.sum(axis=0), judging.ignore_index))
+def _mean_dice(counts: Counts, judging: Judging) -> float:
+    """Mean Dice over the classes, from counts (N, C)."""
+    return mean_over_present(counts.summed().dice(judging.ignore_index))
 
 
-def _matrices(cases: Sequence[Case]) -> Matrix:
-    return np.stack([case.matrix for case in cases])
+def _counts(cases: Sequence[Case]) -> Counts:
+    return Counts.stacked([case.counts for case in cases])
 
 
 def search(
@@ -222,7 +231,7 @@ def search(
                 for number, step in enumerate(steps, start=1):
                     tried.append(_tried(cases, step, judging, pool))
                     advance(number)
-            rounds.append(Round(_mean_dice(_matrices(cases), judging), sorted(tried, key=lambda one: -one.dice)))
+            rounds.append(Round(_mean_dice(_counts(cases), judging), sorted(tried, key=lambda one: -one.dice)))
             kept = rounds[-1].kept
             if kept is None:
                 break
@@ -237,8 +246,8 @@ def _kind(step: PostprocessStep) -> tuple[str, list[int] | None]:
 
 
 def _tried(cases: Sequence[Case], step: PostprocessStep, judging: Judging, pool: ThreadPoolExecutor) -> Tried:
-    before = _matrices(cases)
-    after = np.stack(list(pool.map(lambda case: _after(case, step, judging).matrix, cases)))
+    before = _counts(cases)
+    after = Counts.stacked(list(pool.map(lambda case: _after(case, step, judging).counts, cases)))
     score, interval = _mean_dice(after, judging), None
     if score >= _mean_dice(before, judging) + LEAST_GAIN:
         interval = paired_interval(before, after, judging.ignore_index, judging.groups)
@@ -248,13 +257,14 @@ def _tried(cases: Sequence[Case], step: PostprocessStep, judging: Judging, pool:
 def _after(case: Case, step: PostprocessStep, judging: Judging) -> Case:
     """Apply a step. Only pixels that it changes are counted again."""
     labels = apply_postprocessing(case.labels, [step], judging.num_classes, case.nodata, case.guide)
-    matrix = case.matrix.copy()
+    counts = case.counts
     for top, bottom in labels.bands():
         old, new = case.labels.rows(top, bottom), labels.rows(top, bottom)
         changed = old != new
         truth = case.truth.rows(top, bottom)[changed]
-        matrix += _counted(new[changed], truth, judging) - _counted(old[changed], truth, judging)
-    return case._replace(labels=labels, matrix=matrix)
+        now, before = (_counted(values[changed], truth, judging) for values in (new, old))
+        counts = Counts(*(known + more - less for known, more, less in zip(counts, now, before, strict=True)))
+    return case._replace(labels=labels, counts=counts)
 
 
 class Regions(NamedTuple):
@@ -274,7 +284,7 @@ def candidates(cases: Sequence[Case], judging: Judging, pool: ThreadPoolExecutor
     values = [value for value in range(1, judging.num_classes) if value != judging.ignore_index]
     found = {value: _joined(list(pool.map(partial(_regions, value=value), cases))) for value in values}
     found = {value: regions for value, regions in found.items() if regions.areas.size}
-    scores = dice(_matrices(cases).sum(axis=0), judging.ignore_index)
+    scores = _counts(cases).summed().dice(judging.ignore_index)
     alone = sorted(found, key=lambda value: float(scores[value]))[:MOST_ALONE] if len(found) > 1 else []
     steps: list[PostprocessStep] = []
     for named in [None, *([value] for value in sorted(alone))]:

@@ -8,6 +8,7 @@ import json
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from ml_src.core.pictures import Image, overlay, palette, shown_channels
 
 MAX_SIDE = 4096  # of pictures to look at
 NAN = float("nan")
+SCRATCH = ".outlines-"  # begins the names of folders that are there while polygons are drawn, and after a kill
 
 
 def write_mask(path: Path, labels: Plane, num_classes: int, nodata: int | None, source: Path | None) -> Path:
@@ -42,7 +44,7 @@ def write_mask(path: Path, labels: Plane, num_classes: int, nodata: int | None, 
         source: the image, which says where it lies.
     """
     dtype = np.uint8 if max(num_classes - 1, nodata or 0) <= 255 else np.uint16
-    place = _place(source)
+    place = place_of(source)
     if place is None and labels.in_memory:
         return _write_indexed(_named(path, ".png"), labels.whole().astype(dtype, copy=False))
     return _write_tiff(
@@ -109,7 +111,7 @@ def write_probabilities(
     """
     if how == "npz":
         return _write_npz(_named(path, ".npz"), probs)
-    return _write_tiff(_named(path, ".tif"), probs, _place(source), names=class_names, nodata=NAN)
+    return _write_tiff(_named(path, ".tif"), probs, place_of(source), names=class_names, nodata=NAN)
 
 
 def _write_npz(path: Path, probs: Plane) -> Path:
@@ -125,8 +127,8 @@ def _write_npz(path: Path, probs: Plane) -> Path:
     return path
 
 
-def write_uncertainty(path: Path, uncertainty: Plane, source: Path | None) -> Path:
-    """Write uncertainties (H, W, 1 or 2), float16, as TIFF, and their picture as PNG; return the TIFF.
+def write_uncertainty(path: Path, uncertainty: Plane, source: Path | None) -> list[Path]:
+    """Write uncertainties (H, W, 1 or 2), float16, as TIFF, and their picture as PNG; return both.
 
     The bands are entropy and, of ensembles, mutual information. The TIFF is one with coordinates where the source has
     some. The picture shows the entropy from dark blue (0) to yellow (1), as large as an overlay. NaN is without data,
@@ -142,9 +144,9 @@ def write_uncertainty(path: Path, uncertainty: Plane, source: Path | None) -> Pa
     levels = np.rint(np.where(known, entropy, 0) * 255).clip(0, 255).astype(np.uint8)
     picture = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
     picture[~known] = 0
-    _write_picture(_named(path, ".png"), picture)
+    shown = _write_picture(_named(path, ".png"), picture)
     names = ("entropy", "mutual information")[: uncertainty.shape[2]]
-    return _write_tiff(_named(path, ".tif"), uncertainty, _place(source), names=names, nodata=NAN)
+    return [_write_tiff(_named(path, ".tif"), uncertainty, place_of(source), names=names, nodata=NAN), shown]
 
 
 def write_polygons(
@@ -167,7 +169,7 @@ def write_polygons(
 
     Raises: DataError where the extra `geo` is not installed.
     """
-    place, target = _place(source), _named(path, ".geojson")
+    place, target = place_of(source), _named(path, ".geojson")
     with replacing(target) as file, _for_outlines(labels, nodata) as (values, there):
         file.write(_collection_start(place).encode())
         for number, outline in enumerate(outlines(values, there)):
@@ -188,7 +190,7 @@ def _for_outlines(labels: Plane, nodata: int | None) -> Iterator[tuple[Any, Any]
     if labels.in_memory:
         yield labels.whole(), there(0, labels.shape[0])
         return
-    with TemporaryDirectory(dir=labels.folder) as folder:
+    with TemporaryDirectory(prefix=SCRATCH, dir=labels.folder) as folder:
         paths = Path(folder) / "labels.tif", Path(folder) / "there.tif"
         for path, dtype, rows in zip(paths, (labels.dtype, np.uint8), (labels.rows, there), strict=True):
             with path.open("wb") as file:
@@ -227,8 +229,20 @@ def _on_earth(ring: NDArray[np.int64], place: Georeference | None) -> NDArray[An
     return np.stack([a * column + b * row + c, d * column + e * row + f], axis=1)
 
 
-def _place(source: Path | None) -> Georeference | None:
-    return None if source is None else georeference(source)
+def place_of(source: Path | None) -> Georeference | None:
+    """Return where an image lies, as `georeference` does, which is asked once for all outputs of an image."""
+    if source is None:
+        return None
+    try:
+        status = source.stat()
+    except OSError:
+        return georeference(source)  # which says what is wrong
+    return _place(source, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _place(source: Path, *stamp: int) -> Georeference | None:
+    return georeference(source)
 
 
 def _named(path: Path, suffix: str) -> Path:

@@ -21,6 +21,36 @@ CHUNK = 4_000_000
 """So many draws are in hand as float64 at a time: 32 MB."""
 
 
+class Counts(NamedTuple):
+    """Pixels of each class that are right, that are true and that are predicted: all that the scores need.
+
+    Shape: each (C,), or (N, C) of N images; a matrix of each image would be C times as large.
+    """
+
+    hits: Matrix
+    true: Matrix
+    predicted: Matrix
+
+    @classmethod
+    def of(cls, matrix: Matrix) -> "Counts":
+        """Return the counts of a confusion matrix (C, C), rows are truth; or of several, (N, C, C)."""
+        hits = np.diagonal(matrix, axis1=-2, axis2=-1).copy()  # a view would keep the matrix
+        return cls(hits, matrix.sum(axis=-1), matrix.sum(axis=-2))
+
+    @classmethod
+    def stacked(cls, images: Sequence["Counts"]) -> "Counts":
+        """Return the counts of several images as one, (N, C)."""
+        return cls(*(np.stack(part) for part in zip(*images, strict=True)))
+
+    def summed(self) -> "Counts":
+        """Return the counts over all images: (N, C) to (C,)."""
+        return Counts(*(part.sum(axis=0) for part in self))
+
+    def dice(self, ignore_index: int | None) -> Scores:
+        """`segmentation.dice` of these counts, in their shape."""
+        return _without(_ratio(2 * self.hits, self.true + self.predicted), ignore_index)
+
+
 class BoundaryIntervals(TypedDict, total=False):
     """Intervals of what `boundary.BoundarySummary` holds; only there where boundaries were measured."""
 
@@ -74,36 +104,36 @@ def resamples(num_images: int, groups: Sequence[str] | None, num: int = 2000, se
 
 
 def score_intervals(
-    matrices: Matrix,
+    counts: Counts,
     boundaries: Sequence[BoundaryScores] | None,
     ignore_index: int | None,
     groups: Sequence[str] | None = None,
 ) -> Intervals | None:
     """Return the interval of every score; None where there are fewer than two images (groups, if they are given).
 
-    The scores of a resample are those of the sum of its confusion matrices, and the means of its boundary scores. All
+    The scores of a resample are those of the sum of its counts, and the means of its boundary scores. All
     intervals are from the same resamples.
 
     Args:
-        matrices: the confusion matrix of each image.
+        counts: of each image.
         boundaries: the boundary scores of each image, if they were measured.
         ignore_index: the class that has no scores, if it is a class.
         groups: the group of each image, if whole groups are to be drawn.
 
-    Shape: matrices (N, C, C), rows are truth; boundaries and groups N.
-    Raises: ValueError if there are not as many boundaries or groups as matrices.
+    Shape: counts (N, C) each; boundaries and groups N.
+    Raises: ValueError if there are not as many boundaries or groups as images that were counted.
     """
-    if boundaries is not None and len(boundaries) != len(matrices):
-        raise ValueError(f"{len(matrices)} matrices but boundary scores of {len(boundaries)} images")
-    units = _units(len(matrices), groups)
+    num_images, num_classes = counts.hits.shape
+    if boundaries is not None and len(boundaries) != num_images:
+        raise ValueError(f"counts of {num_images} images but boundary scores of {len(boundaries)}")
+    units = _units(num_images, groups)
     num_units = len(np.unique(units))
     if num_units < 2:
         return None
-    draws = resamples(len(matrices), groups)
-    counts = _counts(matrices)
+    draws = resamples(num_images, groups)
     drawn = _drawn(draws, counts)
-    scored = (counts.true + counts.predicted > 0) & (np.arange(matrices.shape[-1]) != ignore_index)
-    iou, dice = _iou(drawn, ignore_index), _dice(drawn, ignore_index)
+    scored = (counts.true + counts.predicted > 0) & (np.arange(num_classes) != ignore_index)
+    iou, dice = _iou(drawn, ignore_index), drawn.dice(ignore_index)
     outlines = BoundaryIntervals() if boundaries is None else _boundary_intervals(draws, boundaries, units)
     return Intervals(
         **outlines,
@@ -118,46 +148,34 @@ def score_intervals(
 
 
 def paired_interval(
-    before: Matrix, after: Matrix, ignore_index: int | None, groups: Sequence[str] | None = None
+    before: Counts, after: Counts, ignore_index: int | None, groups: Sequence[str] | None = None
 ) -> tuple[float, float] | None:
     """Interval of how much the mean Dice rises from one prediction of the images to another.
 
     Both are scored on the same resamples, so what is hard in both cancels. The change helps where the interval lies
     above zero.
 
-    Shape: before and after (N, C, C), confusion matrices of the same images in the same order; groups N.
+    Shape: before and after (N, C) each, of the same images in the same order; groups N.
     Returns: low and high in [-1, 1]; None where there are fewer than two images (groups, if they are given), or nothing
         is counted in them.
     Raises: ValueError if the shapes differ, or there is not one group for each image.
     """
-    if before.shape != after.shape:
-        raise ValueError(f"matrices before {before.shape} and after {after.shape} differ in shape")
-    if len(np.unique(_units(len(before), groups))) < 2:
+    if before.hits.shape != after.hits.shape:
+        raise ValueError(f"counts before {before.hits.shape} and after {after.hits.shape} differ in shape")
+    if len(np.unique(_units(len(before.hits), groups))) < 2:
         return None
-    draws = resamples(len(before), groups)
-    first, second = (_class_mean(_dice(_drawn(draws, _counts(matrices)), ignore_index)) for matrices in (before, after))
+    draws = resamples(len(before.hits), groups)
+    first, second = (_class_mean(_drawn(draws, counts).dice(ignore_index)) for counts in (before, after))
     interval = _interval(second - first)
     return None if interval is None else (interval[0], interval[1])
 
 
-class _Counts(NamedTuple):
-    """Pixels of each class that are right, that are true and that are predicted; each (N, C), float64.
+def _drawn(draws: NDArray[np.int32], counts: Counts) -> Counts:
+    """Sum over the images of each resample: draws (R, N) and counts (N, C) to (R, C).
 
-    Exact, for float64 holds whole numbers up to 9e15; and products of integer arrays would not use BLAS.
+    As float64, for products of integer arrays would not use BLAS; exact, for it holds whole numbers up to 9e15.
     """
-
-    hits: Scores
-    true: Scores
-    predicted: Scores
-
-
-def _counts(matrices: Matrix) -> _Counts:
-    parts = np.diagonal(matrices, axis1=1, axis2=2), matrices.sum(axis=2), matrices.sum(axis=1)
-    return _Counts(*(part.astype(np.float64) for part in parts))
-
-
-def _drawn(draws: NDArray[np.int32], counts: _Counts) -> _Counts:
-    return _Counts(*(_sums(draws, part) for part in counts))
+    return Counts(*(_sums(draws, part.astype(np.float64)).astype(np.int64) for part in counts))
 
 
 def _sums(draws: NDArray[np.int32], values: Scores) -> Scores:
@@ -166,24 +184,19 @@ def _sums(draws: NDArray[np.int32], values: Scores) -> Scores:
     return np.concatenate([chunk.astype(np.float64) @ values for chunk in np.array_split(draws, num_chunks)])
 
 
-def _iou(counts: _Counts, ignore_index: int | None) -> Scores:
-    """`segmentation.iou` of many matrices, of which only these counts are there."""
+def _iou(counts: Counts, ignore_index: int | None) -> Scores:
+    """`segmentation.iou` of these counts, in their shape."""
     return _without(_ratio(counts.hits, counts.true + counts.predicted - counts.hits), ignore_index)
 
 
-def _dice(counts: _Counts, ignore_index: int | None) -> Scores:
-    """`segmentation.dice`, likewise."""
-    return _without(_ratio(2 * counts.hits, counts.true + counts.predicted), ignore_index)
-
-
 def _without(scores: Scores, ignore_index: int | None) -> Scores:
-    return np.where(np.arange(scores.shape[1]) == ignore_index, np.nan, scores)
+    return np.where(np.arange(scores.shape[-1]) == ignore_index, np.nan, scores)
 
 
-def _ratio(numerators: Scores, denominators: Scores) -> Scores:
+def _ratio(numerators: Matrix | Scores, denominators: Matrix | Scores) -> Scores:
     """Divide, with nan for 0 / 0."""
     with np.errstate(invalid="ignore"):
-        return numerators / denominators
+        return np.asarray(numerators / denominators, np.float64)
 
 
 def _class_mean(scores: Scores) -> Scores:

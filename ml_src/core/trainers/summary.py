@@ -25,12 +25,11 @@ def measure(t: Training) -> str:
     network = build_model(t.config.model)  # not the one in training: it may be wrapped or divided
     load_weights(network, best["model_state_dict"], path)
     member = Member(path, t.config, placed(network, t.device), t.device)
+    options = Options(batch_size=t.train_loader.order.batch_size)  # which fitted into memory
     reports = {}
     for split in t.task.measured_splits():
         log.info("Measuring epoch %d on %s ...", best["epoch"], split)
-        reports[split] = split_report(
-            [member], split, Options(batch_size=t.train_loader.order.batch_size), t.config.inference.postprocess, Measuring()
-        )
+        reports[split] = split_report([member], split, options, t.config.inference.postprocess, Measuring())
     found = t.task.findings(best["metrics"], reports)
     summary = _text(t, best["epoch"], reports, found)
     write_text(t.run_dir / "summary.txt", summary)
