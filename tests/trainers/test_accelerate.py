@@ -34,7 +34,7 @@ from ml_src.core.checkpoint import load_checkpoint
 from ml_src.core.config import Config
 from ml_src.core.config_file import parse_config
 from ml_src.core.errors import ConfigError, MLError
-from ml_src.core.inference.predictor import measure_split
+from ml_src.core.inference.jobs import Request, measure_split
 from ml_src.core.tasks import task_for
 from ml_src.core.trainers import build_training, choose_backend, launch, stop_on_ctrl_c
 from ml_src.core.trainers.accelerate import start
@@ -345,7 +345,7 @@ def test_the_checkpoints_of_divided_weights_are_those_of_any_trainer(case: str, 
     contents, expected = load_checkpoint(last), load_checkpoint(two.last("adam", 1))
     assert list(contents["model_state_dict"]) == list(expected["model_state_dict"])
     assert contents["optimizer_state_dict"]["state"].keys() == expected["optimizer_state_dict"]["state"].keys()
-    assert measure_split(last.with_name("best.pt"), "val").block in two.of(case)["summary"]
+    assert measure_split(Request([last.with_name("best.pt")]), "val").block in two.of(case)["summary"]
     settings = {"run_name": f"{case}_2", "training.trainer_type": "standard"}
     assert_same_curve(
         observed(shared(two.raw, case, 1, **settings), last)["curve"],

@@ -15,7 +15,7 @@ from ml_src.core.checkpoint import load_checkpoint
 from ml_src.core.config import Config, Every
 from ml_src.core.config_file import parse_config
 from ml_src.core.errors import ConfigError, TrainingError
-from ml_src.core.inference.predictor import measure_split
+from ml_src.core.inference.jobs import Request, measure_split
 from ml_src.core.tasks import task_for
 from ml_src.core.trainers import Outcome, build_training, choose_backend, train
 from ml_src.core.trainers.loop import fit
@@ -136,7 +136,7 @@ def test_the_best_weights_are_those_that_are_measured_again(raw: dict[str, Any],
     raw["training"]["ema"] = 0.5
     outcome = run(raw)
     best = outcome.run_dir / "weights" / "best.pt"
-    assert measure_split(best, "val").block in outcome.summary
+    assert measure_split(Request([best]), "val").block in outcome.summary
 
 
 def test_a_run_stopped_within_an_epoch_is_validated_where_a_trainer_says_so(small_config: dict[str, Any]) -> None:
