@@ -86,9 +86,9 @@ def ours(raw: dict[str, Any], overrides: dict[str, Any]) -> Callable[[], Epoch]:
 
 
 def _our_epoch(raw: dict[str, Any], overrides: dict[str, Any]) -> Epoch:
+    from ml_src.core.allocator import keep_freed_memory
     from ml_src.core.callbacks import ProgressLines
     from ml_src.core.config_file import parse_config
-    from ml_src.core.device import keep_freed_memory
     from ml_src.core.tasks import task_for
     from ml_src.core.trainers import build_training, choose_backend
     from ml_src.core.trainers.loop import train_epoch

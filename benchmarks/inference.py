@@ -10,7 +10,6 @@ import importlib.metadata
 import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +23,12 @@ from _turns import Epoch, take_turns
 from PIL import Image
 from torchvision import transforms
 
+from ml_src.core.allocator import keep_freed_memory
 from ml_src.core.checkpoint import load_checkpoint, save_checkpoint
 from ml_src.core.data.files import read_mask
 from ml_src.core.data.sample import draw_sample
-from ml_src.core.device import keep_freed_memory
 from ml_src.core.inference import jobs
-from ml_src.core.inference.members import Member, fast_bfloat16, open_member
+from ml_src.core.inference.torch_member import TorchMember, fast_bfloat16, open_checkpoint
 
 SIDE, CHANNELS, EPOCHS = 512, 32, 3
 GOAL = 0.9
@@ -46,8 +45,8 @@ class Contender(NamedTuple):
     make: Callable[[Path, Turns], Epoch]  # of the folder for its masks and the images of each turn
 
 
-def member_of(checkpoint: Path, precision: str) -> Member:
-    return replace(open_member(checkpoint, CPU), precision=PRECISIONS[precision])
+def member_of(checkpoint: Path, precision: str) -> TorchMember:
+    return open_checkpoint(checkpoint, "cpu", (), {}, PRECISIONS[precision], False)
 
 
 def ours(checkpoint: Path, precision: str, compiled: bool, batch: int, output: Path, turns: Turns) -> Epoch:
@@ -77,7 +76,7 @@ def bare(
     network = member.network.to(memory_format=layout)
     network = torch.compile(network) if compiled else network
     pixels = np.stack([np.asarray(Image.open(path)) for path in turns[1][:batch]])  # (N, H, W, 3)
-    images = member.task.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2), CPU).contiguous(memory_format=layout)
+    images = member.data.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2), CPU).contiguous(memory_format=layout)
     numbers = iter(len(paths) for paths in turns)
 
     @torch.inference_mode()

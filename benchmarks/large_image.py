@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import torch
 from _checkpoints import trained
 from _growth import TILE, command, run, write_tiled
 from _report import report
@@ -66,7 +65,7 @@ def agreement(folder: Path, checkpoint: Path, args: argparse.Namespace) -> list[
     """One row a tile and overlap: the share of pixels whose label is that of the image predicted whole."""
     path = folder / "fits.png"
     Image.fromarray(draw_sample(1, 0, args.fits, args.fits)[0]).save(path)
-    member = open_member(checkpoint, torch.device("cpu"))
+    member = open_member(checkpoint)
     whole = labels_of(path, member, Options(tile=args.fits))
     rows = []
     for tile in (256, 512):

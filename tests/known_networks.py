@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ml_src.core.config_file import parse_config
-from ml_src.core.inference.members import Member, placed
+from ml_src.core.inference.torch_member import TorchMember, placed
 
 NAMES = ["background", "cell", "fibre"]
 PLAIN = [{"type": "normalize", "mean": [0.0], "std": [1.0]}]
@@ -36,7 +36,7 @@ class Blurred(nn.Module):
         return torch.cat([-(level - centre).abs() for centre in self.centres], dim=1) * 10
 
 
-def member_of(network: nn.Module, data_dir: Path | str = "nowhere", **overrides: Any) -> Member:
+def member_of(network: nn.Module, data_dir: Path | str = "nowhere", **overrides: Any) -> TorchMember:
     raw = {
         "data": {"data_dir": str(data_dir), "num_classes": 3, "class_names": NAMES},
         "model": {"in_channels": 1},
@@ -44,7 +44,8 @@ def member_of(network: nn.Module, data_dir: Path | str = "nowhere", **overrides:
         "transforms": {"train": PLAIN},
     }
     device = torch.device("cpu")
-    return Member(Path("best.pt"), parse_config(raw, overrides), placed(network, device), device)
+    config = parse_config(raw, overrides)
+    return TorchMember(path=Path("best.pt"), config=config, network=placed(network, device), device=device)
 
 
 def write_gray(path: Path, height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -1,6 +1,5 @@
 """From the config's word to a torch device, and everything about a process that a result may depend on."""
 
-import ctypes
 import os
 import random
 
@@ -53,20 +52,6 @@ class Peek:
         if self._arrived is not None:
             self._arrived.synchronize()
         return float(self._number)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc not to hand freed memory back to the system after every step, only to ask for it again in the next.
-
-    To be called before the first large allocation. Each step's activations would otherwise be new pages, which the
-    system zeroes: a tenth to a quarter of a step on a CPU. Other C libraries have no such setting; nothing is done.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(ctypes.c_int(-4), ctypes.c_int(0))  # M_MMAP_MAX: no block is mapped by itself
-    mallopt(ctypes.c_int(-1), ctypes.c_int(2**31 - 1))  # M_TRIM_THRESHOLD: nothing is given back
 
 
 def allow_tf32(allowed: bool) -> None:

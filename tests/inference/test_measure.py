@@ -61,7 +61,7 @@ def test_a_mask_that_changed_its_size_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"masks/0\.png is 8x8 but .*images/0\.png is 40x40"):
         compare_split(weighted([member], None), "test", Options(), [], HOW)
     with pytest.raises(DataError, match=r"masks/0\.png is 8x8 but .*images/0\.png is 40x40"):
-        list(member.task.loader("train").epoch())
+        list(member.data.loader("train").epoch())
 
 
 def test_an_image_that_cannot_be_read_stops_the_measurement(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """From the words of the command line to networks: which files they name, in which order, with what share."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,8 +87,7 @@ def test_weights_are_one_number_of_zero_or_more_for_each_member(given: list[floa
 
 
 def named(path: str, **overrides: object) -> Member:
-    member = member_of(ByBrightness(), **overrides)
-    return Member(Path(path), member.config, member.network, member.device)
+    return replace(member_of(ByBrightness(), **overrides), path=Path(path))
 
 
 def test_members_that_mean_different_things_by_a_class_are_refused() -> None:

@@ -9,22 +9,35 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ml_src.core.allocator import give_back_freed_memory
 from ml_src.core.errors import ConfigError
 from ml_src.core.inference import memory
-from ml_src.core.inference.memory import MIB, available, choose, format_size, measure, parse_size, resident
+from ml_src.core.inference.memory import (
+    MIB,
+    available,
+    choose,
+    format_size,
+    measure,
+    parse_size,
+    peak_of_process,
+    resident,
+)
+from ml_src.core.inference.torch_member import torch_peak
 
 CHILD = """
 import json
 from pathlib import Path
 import torch
-from ml_src.core.device import keep_freed_memory
-from ml_src.core.inference.memory import give_back_freed_memory, measure, resident
+from ml_src.core.allocator import give_back_freed_memory, keep_freed_memory
+from ml_src.core.inference.memory import measure, resident
+from ml_src.core.inference.torch_member import torch_peak
 from ml_src.core.network.custom import SimpleUNet
 
 keep_freed_memory()
@@ -36,7 +49,7 @@ network = SimpleUNet(3, 2, base_channels=4).to(memory_format=torch.channels_last
 def predict(side, batch=1):
     return network(torch.zeros(batch, 3, side, side).to(memory_format=torch.channels_last))
 
-need = measure(predict)
+need = measure(lambda side: torch_peak(lambda: predict(side)))
 base = resident()
 for side, batch in [(256, 3), (512, 1), (512, 4)]:
     predict(side, batch)
@@ -61,7 +74,7 @@ def test_blocks_that_go_with_the_pixels_and_blocks_that_do_not_are_told_apart() 
         images = torch.ones(1, 6, side, side)
         return images + weights[0]  # images and the sum are there at once: 6 channels x 4 bytes, twice
 
-    need = measure(predict)
+    need = measure(lambda side: torch_peak(lambda: predict(side)))
     assert 10 * MIB <= need.fixed - memory.SPARE < 11 * MIB
     for pixels in (128**2, 3 * 512**2):
         truth = 10 * MIB + 48 * pixels
@@ -73,7 +86,14 @@ def test_memory_that_is_freed_before_the_next_is_taken_counts_once() -> None:
         for _ in range(5):
             torch.zeros(1, 4, side, side)
 
-    assert 16 <= measure(predict).per_pixel < 18
+    assert 16 <= measure(lambda side: torch_peak(lambda: predict(side))).per_pixel < 18
+
+
+def test_the_peak_of_the_process_is_that_of_the_work_and_not_of_what_came_before() -> None:
+    give_back_freed_memory()  # other tests may have told the process to keep it
+    np.ones(200 * MIB, np.uint8)
+    assert 90 * MIB < peak_of_process(lambda: np.ones(100 * MIB, np.uint8)) < 150 * MIB
+    assert peak_of_process(lambda: None) < 30 * MIB
 
 
 @pytest.mark.parametrize(

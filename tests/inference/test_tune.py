@@ -222,7 +222,7 @@ def test_images_are_not_kept_but_read_again_as_they_were_predicted(data: Path) -
     def finish(predicted: Predicted) -> None:
         assert predicted.image is not None
         seen.append(predicted.image.copy())
-        case = case_of(fold.member.task.pairs("val")[len(alive)], predicted, JUDGING, read_pixels)
+        case = case_of(fold.member.data.pairs("val")[len(alive)], predicted, JUDGING, read_pixels)
         alive.append((weakref.ref(predicted.image), case))
 
     cases = cases_of(fold, lambda done: None, JUDGING)

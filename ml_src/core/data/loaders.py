@@ -8,13 +8,13 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ml_src.core.data.order import Order, PlannedStep
 from ml_src.core.data.segmentation import Sample, SampleKey, SegmentationDataset
@@ -91,8 +91,8 @@ class Loader:
         self.dataset, self.order = dataset, order
         self.sampler = StepSampler(order)
         num_workers = min(num_workers, len(self.sampler))
-        self.batches = DataLoader(
-            dataset,
+        self.batches: DataLoader[Sample] = DataLoader(
+            cast("Dataset[Sample]", dataset),
             batch_sampler=self.sampler,
             num_workers=num_workers,
             collate_fn=Collate(ignore_index),

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
 from ml_src.core.data.files import Pair, Raster, image_info, read_image, read_mask, row_windows
 from ml_src.core.data.headers import read_header
@@ -37,7 +36,7 @@ class Sample(NamedTuple):
     size: tuple[int, int]  # height, width of the file, before the transforms
 
 
-class SegmentationDataset(Dataset[Sample]):
+class SegmentationDataset:
     """Reads pair i and transforms it; the draw is a pure function of (seed, key), whatever worker does it.
 
     Sample number i is of pair i modulo their number, so that an epoch may take each of them several times.

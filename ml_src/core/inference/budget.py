@@ -12,6 +12,7 @@ from math import prod
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ml_src.core.data.files import ImageInfo, image_info
 from ml_src.core.errors import DataError
@@ -27,6 +28,7 @@ from ml_src.core.inference.writers import MAX_SIDE
 PICTURE = 26  # bytes a pixel of an overlay or a picture of uncertainty, while it is drawn
 OUTLINES = 24  # bytes a pixel of an image whose outlines are compared
 IN_FLIGHT = 3  # images: one is read, one predicted, one written
+MERGED = 4  # arrays of values of a batch: of a view, turned back, merged, and with the entropy
 WRITING = 96 << 20  # rows of tiles that are compressed, and what decoders keep
 
 log = logging.getLogger("ml_src")
@@ -43,14 +45,14 @@ class Extras(NamedTuple):
 def within(limit: str, items: Sequence[Input], members: Sequence[Member], options: Options, extras: Extras) -> Options:
     """Return options with the tiles and the batch that keep the process within a limit such as `2G`.
 
-    Called before anything is predicted, and after `memory.give_back_freed_memory`.
+    Called before anything is predicted, and after `give_back_freed_memory`.
     Raises: ConfigError where no tiles do.
     """
     infos = list(_infos(items))
     if not infos:  # none can be read, which is said of each
         return options
     engines = engines_of(members, options)
-    needs = [measure(partial(_predict_blank, engine)) for engine in engines]
+    needs = [measure(partial(_peak, engine)) for engine in engines]
     around = max(_around(info, members, options, extras) for info in infos) + sum(
         max(_decoded(info, engine) for info in infos) for engine in engines
     )
@@ -76,8 +78,15 @@ def _infos(items: Sequence[Input]) -> Iterator[ImageInfo]:
             yield image_info(item.path)
 
 
-def _predict_blank(engine: Engine, side: int) -> None:
-    engine.values(np.zeros((1, side, side, engine.intake.channels), np.uint8))
+def _peak(engine: Engine, side: int) -> int:
+    """Bytes that a blank tile takes: what its members take, one after the other, and what merges them."""
+    blank = np.zeros((1, side, side, engine.intake.channels), np.uint8)
+    values = 4 * MERGED * side**2 * (engine.members[0].config.data.num_classes + engine.options.uncertainty)
+    return values + max(member.peak(partial(_predict, engine, member, blank)) for member in engine.members)
+
+
+def _predict(engine: Engine, member: Member, blank: NDArray[np.uint8]) -> None:
+    Engine([member], replace(engine.options, uncertainty=False)).values(blank)
 
 
 def _around(info: ImageInfo, members: Sequence[Member], options: Options, extras: Extras) -> int:

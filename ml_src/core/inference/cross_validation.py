@@ -66,7 +66,7 @@ class Fold:
     @property
     def num_images(self) -> int:
         """How many images were held out."""
-        return self.member.task.num_images("val")
+        return self.member.data.num_images("val")
 
 
 def open_folds(request: Request) -> list[Fold]:
@@ -101,7 +101,7 @@ def _require_same_data(first: Member, other: Member) -> None:
 def _require_each_image_once(folds: Sequence[Fold]) -> None:
     known: dict[Path, Fold] = {}
     for fold in folds:
-        for pair in fold.member.task.pairs("val"):
+        for pair in fold.member.data.pairs("val"):
             other = known.setdefault(pair.image.resolve(), fold)
             if other is not fold:
                 raise ConfigError(

@@ -10,26 +10,23 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
-from torch import nn
 
+from ml_src.core.allocator import give_back_freed_memory, keep_freed_memory
 from ml_src.core.atomic import only_writer, remove_leftovers, write_json
-from ml_src.core.checking.output_folder import digest_of
 from ml_src.core.config import Config
 from ml_src.core.data.files import image_info
 from ml_src.core.data.geotiffs import require_rasterio
-from ml_src.core.device import choose_device, keep_freed_memory
 from ml_src.core.errors import ConfigError, DataError
 from ml_src.core.inference.budget import Extras, within
 from ml_src.core.inference.inputs import Input, find_inputs
 from ml_src.core.inference.journal import JOURNAL, Done, Journal, Stamp, stamp_of
 from ml_src.core.inference.measure import TITLES, Measuring, label_maps, results, split_items, split_report
 from ml_src.core.inference.members import Member, checkpoints, open_member, require_same_classes, weighted
-from ml_src.core.inference.memory import MIB, format_size, give_back_freed_memory, parse_size
-from ml_src.core.inference.postprocess import chain_path, load_chain
+from ml_src.core.inference.memory import MIB, format_size, parse_size
+from ml_src.core.inference.postprocess import chain_path
 from ml_src.core.inference.predictor import Failed, Options, Predicted
 from ml_src.core.inference.tiling import ALIGN
 from ml_src.core.inference.views import Aggregation, default_views, parse_views
@@ -124,7 +121,7 @@ class Prepared:
         """All that the outputs depend on, as plain data."""
         options = self.options
         return {
-            "checkpoints": [digest_of(member.path) for member in self.members],
+            "checkpoints": [member.digest for member in self.members],
             "weights": [round(member.weight, 6) for member in self.members],
             "ensemble": self.request.ensemble_aggregation if len(self.members) > 1 else None,
             "tta": [view.name for view in options.views[1:]],
@@ -132,7 +129,7 @@ class Prepared:
             "tile": options.tile,
             "overlap": options.overlap,
             "blend": options.blend,
-            "precision": [str(member.amp_dtype or torch.float32).removeprefix("torch.") for member in self.members],
+            "precision": [member.precision for member in self.members],
             "postprocess": steps_to_yaml(self.steps),
         }
 
@@ -144,15 +141,13 @@ def prepare(request: Request) -> Prepared:
     """
     _require_possible(request)
     keep_freed_memory() if request.max_ram is None else give_back_freed_memory()
-    paths, device = checkpoints(request.checkpoints), choose_device(request.device)
-    members = [open_member(path, device, request.plugins, request.data_dir) for path in paths]
+    how = (request.device, request.plugins, request.data_dir, request.precision, request.compile)
+    members = [open_member(path, *how) for path in checkpoints(request.checkpoints)]
     require_same_classes(members)
     given = request.ensemble_weights
     if (given is not None) != (request.ensemble_aggregation == "weighted"):
         raise ConfigError("--ensemble_aggregation weighted and --ensemble_weights go together: give both or neither")
-    members = weighted([replace(member, precision=request.precision) for member in members], given)
-    if request.compile:
-        members = [replace(member, network=cast(nn.Module, torch.compile(member.network))) for member in members]
+    members = weighted(members, given)
     if request.polygons:
         require_rasterio("--polygons needs rasterio", "to write them")
     options = Options(
@@ -235,7 +230,7 @@ def _steps(request: Request, members: Sequence[Member]) -> list[PostprocessStep]
         source, steps = "--postprocess", parse_steps(request.postprocess)
     else:
         source = str(chain_path(members[0].path))
-        tuned = [load_chain(member.path) for member in members]
+        tuned = [member.chain for member in members]
         chains = [
             member.config.inference.postprocess if chain is None else chain
             for member, chain in zip(members, tuned, strict=True)
@@ -245,7 +240,7 @@ def _steps(request: Request, members: Sequence[Member]) -> list[PostprocessStep]
             raise ConfigError(
                 "the checkpoints have different chains of post-processing: give one with --postprocess, or none"
             )
-        if tuned[0] is not None:
+        if tuned[0] is not None and steps != members[0].config.inference.postprocess:
             log.info("post-processing as tuned: %s", " ".join(map(as_word, steps)) or "none")
     if problems := misfits(steps, members[0].config.data.num_classes):
         raise ConfigError(f"{source}: {problems[0]}")
@@ -361,7 +356,7 @@ def _measure_into(folder: Path, job: Prepared, split: str) -> Measured:
         write_outputs(folder, predicted, drawn, job.config)
 
     how = Measuring(request.tolerance, request.pixel_size)
-    with progress_bar(f"predicting {split}", job.members[0].task.num_images(split), least=1) as advance:
+    with progress_bar(f"predicting {split}", job.members[0].data.num_images(split), least=1) as advance:
         report = split_report(job.members, split, job.options, job.steps, how, keep, advance)
     write_json(folder / "metrics.json", {**contents, **report})
     return Measured(results(TITLES[split], report, job.config.ignore_index), folder)
@@ -449,10 +444,10 @@ def _folder_name(words: Sequence[str]) -> str:
 
 def _require_unseen(members: Sequence[Member], split: str) -> None:
     """Refuse to measure an ensemble on images that are not the same part of the data to all of its members."""
-    first = members[0].task.pairs(split)
+    first = members[0].data.pairs(split)
     known = {pair.image.name for pair in first}
     for other in members[1:]:
-        if known != {pair.image.name for pair in other.task.pairs(split)}:
+        if known != {pair.image.name for pair in other.data.pairs(split)}:
             raise ConfigError(
                 f"the {split} images of {members[0].path} and {other.path} are not the same: measure an ensemble of "
                 "folds on --split test, or each fold on its own images with --cv"

@@ -70,7 +70,7 @@ def compare_split(
     Raises: DataError for a file that cannot be read.
     """
     config, items = members[0].config, split_items(members[0], split, home)
-    by_item = dict(zip(items, members[0].task.pairs(split), strict=True))
+    by_item = dict(zip(items, members[0].data.pairs(split), strict=True))
 
     def finish(predicted: Predicted) -> tuple[Compared, Matrix]:
         if keep is not None:
@@ -92,15 +92,15 @@ def compare_split(
 def split_items(member: Member, split: str, home: Path | None = None) -> list[Input]:
     """Return the images of a split, named by where they lie in `home`; None is `common_folder` of this split alone."""
     home = home or common_folder([member], split)
-    paths = [pair.image for pair in member.task.pairs(split)]
-    names = [_place(path, member.task.data_dir).relative_to(home).with_suffix("") for path in paths]
+    paths = [pair.image for pair in member.data.pairs(split)]
+    names = [_place(path, member.data.data_dir).relative_to(home).with_suffix("") for path in paths]
     return [Input(PurePosixPath(name.as_posix()), path) for name, path in zip(names, paths, strict=True)]
 
 
 def common_folder(members: Sequence[Member], split: str) -> Path:
     """Return the deepest folder that has all images of a split of each member, as an absolute path."""
     folders = {
-        _place(pair.image, member.task.data_dir).parent for member in members for pair in member.task.pairs(split)
+        _place(pair.image, member.data.data_dir).parent for member in members for pair in member.data.pairs(split)
     }
     return Path(os.path.commonpath(folders))
 
@@ -230,7 +230,7 @@ def report(
 def groups_of(member: Member, split: str) -> list[str] | None:
     """Return the group of each image of a split, or None where ml-split was told of none."""
     try:
-        return member.task.groups(split)
+        return member.data.groups(split)
     except DataError:
         return None
 

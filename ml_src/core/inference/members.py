@@ -1,30 +1,33 @@
-"""Trained networks, each with what its images must be like; an ensemble is a list of them. Next: `predictor.py`."""
+"""Trained networks, each with what its images must be like; an ensemble is a list of them. Next: `predictor.py`.
+
+A member is a checkpoint (`torch_member.py`) or an exported file (`exported_member.py`). Nothing else here knows which.
+"""
 
 import math
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
 
-from ml_src.core.checkpoint import load_checkpoint, load_weights
+from ml_src.core.checking.output_folder import digest_of
 from ml_src.core.config import Config
-from ml_src.core.config_file import parse_config
 from ml_src.core.data.files import listed
+from ml_src.core.data.labelled_images import LabelledImages
 from ml_src.core.errors import ConfigError
-from ml_src.core.network import build_model
-from ml_src.core.plugins import check_plugins, import_plugins
-from ml_src.core.tasks.segmentation import Segmentation
+from ml_src.core.inference.postprocess import load_chain
+from ml_src.core.postprocess_specs import PostprocessStep
 from ml_src.core.transform_specs import Resize
 from ml_src.core.transforms.source import Size
 
 LEAST_TILE = 512  # pixels a side, for networks that were trained on whole images of any size
 BEST = Path("weights", "best.pt")
+EXPORTED = (".onnx", ".xml")
 
 
 class Intake(NamedTuple):
@@ -37,32 +40,39 @@ class Intake(NamedTuple):
     tile: Size  # height and width of what it has seen in training, rounded up to multiples of 32
 
 
-@dataclass(frozen=True)
-class Member:
-    """A network ready to predict: on its device, in evaluation mode."""
+@dataclass(frozen=True, kw_only=True)
+class Member(ABC):
+    """A network ready to predict."""
 
     path: Path
     config: Config
-    network: nn.Module
-    device: torch.device
     weight: float = 1.0
-    precision: str = "auto"  # or float32
 
     @cached_property
-    def task(self) -> Segmentation:
-        """Its data, classes and transforms."""
-        return Segmentation(self.config)
+    def data(self) -> LabelledImages:
+        """Its data set and transforms."""
+        return LabelledImages(self.config)
 
     @cached_property
     def intake(self) -> Intake:
         """What its images must be like."""
         sizes = [spec.size for spec in self.config.val_transforms if isinstance(spec, Resize)]
-        transforms = self.task.val_transforms
+        transforms = self.data.val_transforms
         seen = self.config.train_image_size or (2 * LEAST_TILE, 2 * LEAST_TILE)
         tile = (-(-seen[0] // 32) * 32, -(-seen[1] // 32) * 32)
         return Intake(
             self.config.model.in_channels, sizes[-1] if sizes else None, transforms.mean, transforms.std, tile
         )
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of its file."""
+        return digest_of(self.path)
+
+    @property
+    def chain(self) -> list[PostprocessStep] | None:
+        """The steps that were tuned for it; None where none were, and those of the configuration hold."""
+        return load_chain(self.path)
 
     def require_data(self) -> None:
         """Raise ConfigError where the data set is not here."""
@@ -72,47 +82,60 @@ class Member:
             )
 
     @property
-    def amp_dtype(self) -> torch.dtype | None:
-        """The 16-bit type that it computes in: that of mixed-precision training, where the device is fast in it."""
-        if self.precision == "float32" or self.config.training.trainer_type != "mixed_precision":
-            return None
-        if self.device.type == "cpu":
-            return torch.bfloat16 if fast_bfloat16() else None
-        return torch.bfloat16 if self.device.type != "cuda" else getattr(torch, self.config.training.amp_dtype)
+    @abstractmethod
+    def precision(self) -> str:
+        """What it computes in: float32, bfloat16, float16 or int8."""
 
-    def probabilities(self, images: Tensor) -> Tensor:
-        """Return (N, C, H, W) float32, summing to 1 over the classes, of normalised images (N, channels, H, W)."""
-        context: AbstractContextManager[Any] = nullcontext()
-        if self.amp_dtype is not None:
-            context = torch.autocast(self.device.type, dtype=self.amp_dtype)
-        with context:
-            logits = self.network(images)
-        return logits.float().softmax(dim=1)  # type: ignore[no-any-return]
+    @abstractmethod
+    def probabilities(self, pixels: NDArray[Any]) -> NDArray[np.float32]:
+        """Return (N, C, h, w), summing to 1 over the classes, of pixels (N, h, w, channels) of the files' number type.
+
+        The result may be written to.
+        """
+
+    @abstractmethod
+    def peak(self, work: Callable[[], object]) -> int:
+        """Return the bytes of host memory that are held at most while it does some work, above those held before."""
 
 
-def fast_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16; without them it would be slower than float32."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+def open_member(
+    path: Path,
+    device: str = "cpu",
+    plugins: Sequence[str] = (),
+    data_dir: Path | None = None,
+    precision: str = "auto",
+    compiled: bool = False,
+) -> Member:
+    """Open a checkpoint, or a file that ml-export wrote.
 
+    Args:
+        path: of the file.
+        device: a word of --device.
+        plugins: files that may be imported, if the checkpoint needs them.
+        data_dir: where its data set lies now, if it has moved.
+        precision: `auto` computes in 16 bits where it was trained so, `float32` never.
+        compiled: whether torch compiles the network.
 
-def open_member(path: Path, device: torch.device, plugins: Sequence[str] = (), data_dir: Path | None = None) -> Member:
-    """Open a checkpoint.
-
-    Raises: CheckpointError for a file that is none; ConfigError where it needs plugins that were not given.
+    Raises: CheckpointError for a file that is none; ConfigError where it needs plugins that were not given, or the word
+        is not for it.
     """
-    contents = load_checkpoint(path, device)
     overrides = {} if data_dir is None else {"data.data_dir": str(data_dir), "data.splits_dir": None}
-    config = parse_config(contents["config"], overrides, source=str(path))
-    check_plugins(config.plugins, plugins, path)
-    import_plugins(plugins)
-    network = build_model(config.model)
-    load_weights(network, contents["model_state_dict"], path)
-    return Member(path, config, placed(network, device), device)
+    if path.suffix.lower() in EXPORTED:
+        from ml_src.core.inference.exported_member import open_exported_member
 
-
-def placed(network: nn.Module, device: torch.device) -> nn.Module:
-    """Put a network where it predicts. Channels-last is how images are read, and what CPUs and GPUs are faster in."""
-    return network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload, no-any-return]
+        if compiled:
+            raise ConfigError(f"--compile is for checkpoints: {path} is compiled by its engine, so leave it out")
+        return open_exported_member(path, device, overrides, precision)
+    try:
+        from ml_src.core.inference.torch_member import open_checkpoint
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ConfigError(
+            f"{path} is a checkpoint, which needs PyTorch: run pip install 'ml-src[train]', or give a file that "
+            "ml-export wrote"
+        ) from error
+    return open_checkpoint(path, device, plugins, overrides, precision, compiled)
 
 
 def checkpoints(words: Sequence[Path]) -> list[Path]:

@@ -4,7 +4,6 @@ The order of things: `give_back_freed_memory` before the first large allocation,
 `resident`, then `choose`. Next to read: `predictor.py`.
 """
 
-import ctypes
 import math
 import os
 import re
@@ -13,17 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from torch.autograd.profiler import profile
-
 from ml_src.core.errors import ConfigError
 
 MIB = 1 << 20
 STEP = 32  # tiles are multiples of it, pixels
-SMALL, LARGE = 32, 256  # sides of the tiles on which a network is measured, pixels
-OWN_MAPPING = MIB  # bytes; larger blocks are mapped one by one
-TRIM = 16 * MIB  # bytes of free heap that glibc keeps
+SMALL, LARGE = 32, 512  # sides of the tiles on which a network is measured, pixels
 SPARE = 32 * MIB  # that heap, and code that is first used with larger tiles
-MARGIN = 1.05  # the whole of a page, and what oneDNN allocates past torch
+MARGIN = 1.05  # the whole of a page, and what an engine allocates past its own record
 
 
 def parse_size(text: str) -> int:
@@ -52,10 +47,14 @@ def resident() -> int:
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        import resource  # which Windows lacks
+        return _most_ever()
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+
+def _most_ever() -> int:
+    import resource  # which Windows lacks
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def available() -> int:
@@ -85,22 +84,6 @@ def _left_in_container(root: Path) -> Iterator[int]:
             continue
 
 
-def give_back_freed_memory() -> None:
-    """Tell glibc to hand large freed blocks back at once: the opposite of `device.keep_freed_memory`, and undoes it.
-
-    Without this the heap has holes that no later block fits into, and grows to more than twice what is in use, the more
-    the more often shapes change: no bound could be promised. The price is that every block is new pages, which the
-    system zeroes: a step takes up to half as long again. Other C libraries have no such setting; nothing is done.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(ctypes.c_int(-4), ctypes.c_int(1 << 16))  # M_MMAP_MAX: as many blocks as are needed
-    mallopt(ctypes.c_int(-3), ctypes.c_int(OWN_MAPPING))  # M_MMAP_THRESHOLD, which would else grow to 32 MiB by itself
-    mallopt(ctypes.c_int(-1), ctypes.c_int(TRIM))  # M_TRIM_THRESHOLD
-
-
 class Need(NamedTuple):
     """Bytes of host memory that a forward pass takes beside the network: at most `fixed + per_pixel * pixels`."""
 
@@ -108,38 +91,35 @@ class Need(NamedTuple):
     per_pixel: float
 
 
-def measure(predict: Callable[[int], object]) -> Need:
+def measure(peak: Callable[[int], int]) -> Need:
     """Return what it takes to predict, measured on two small tiles.
 
-    torch's own record of blocks is read, not the process: it also counts what oneDNN rearranges inside a convolution,
-    and neither holes nor libraries that are being loaded. A bound for larger tiles and batches if no block grows faster
-    than the pixels do, which convolutions keep to; global attention does not.
+    A bound for larger tiles and batches if no block grows faster than the pixels do, which convolutions keep to; global
+    attention does not.
 
     Args:
-        predict: makes a batch of one tile of the side that it is given, in pixels, and predicts it as later ones will
-            be, in the thread that calls it.
+        peak: makes a batch of one tile of the side that it is given, in pixels, predicts it as later ones will be, in
+            the thread that calls it, and returns the bytes of host memory that this took (`Member.peak`).
     """
     # Each block is constant (weights in another layout: at most what a tiny tile takes) or goes with the pixels.
-    fixed, large = _peak(predict, SMALL), _peak(predict, LARGE)
+    fixed, large = peak(SMALL), peak(LARGE)
     return Need(math.ceil(MARGIN * fixed) + SPARE, MARGIN * large / LARGE**2)
 
 
-def _peak(predict: Callable[[int], object], side: int) -> int:
-    """Bytes of host memory that torch holds at most during one prediction, above what it held before."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write to stderr that it starts
-    with profile(profile_memory=True) as profiler:
-        predict(side)
-    assert profiler.kineto_results is not None
-    events = [
-        event
-        for event in profiler.kineto_results.events()
-        if event.name() == "[memory]" and event.device_type().name == "CPU"
-    ]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+def peak_of_process(work: Callable[[], object]) -> int:
+    """Return the bytes that this process held at most during some work, above what it held before.
+
+    Where the system cannot count anew (no /proc), what the work added to the most that was ever held.
+    """
+    before = resident()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
+    except OSError:
+        work()
+        return max(0, _most_ever() - before)
+    work()
+    status = Path("/proc/self/status").read_text()
+    return max(0, int(status.split("VmHWM:")[1].split()[0]) * 1024 - before)
 
 
 class Choice(NamedTuple):

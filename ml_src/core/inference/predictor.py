@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ml_src.core.config import Config
 from ml_src.core.data.files import read_image
@@ -29,11 +27,11 @@ from ml_src.core.inference.members import Member
 from ml_src.core.inference.planes import Plane
 from ml_src.core.inference.scene import Scene
 from ml_src.core.inference.tiling import Blender, Grid, enlarged
-from ml_src.core.inference.views import Aggregation, Merger, View
+from ml_src.core.inference.views import Aggregation, Levels, Merger, View
 from ml_src.core.transforms.source import Size, Window
 
 READERS = 2  # threads
-BLACK = (torch.tensor(2.0), torch.tensor(1.0))  # mean and deviation of numbers that do not begin at black
+TINY = np.float32(1e-30)  # whose logarithm stands in for that of 0, times 0
 CONTEXT = 128  # pixels around each that a network of four levels sees: so much should tiles overlap
 WHOLE = 1.25  # an image so many times as long and wide as a tile is not cut
 
@@ -168,18 +166,18 @@ def _no_class(config: Config) -> int:
 
 
 def _put(predicted: Predicted, scene: Scene, top: int, values: NDArray[np.float32], num_classes: int) -> None:
-    probs = torch.from_numpy(values[:num_classes])
-    labels = most_probable(values[:num_classes], predicted.labels.dtype)
+    probs = values[:num_classes]
+    labels = most_probable(probs, predicted.labels.dtype)
     nowhere = scene.nowhere(top, top + len(labels))
     if nowhere is not None:
         labels[nowhere] = predicted.nodata
     predicted.labels.put(top, labels)
     if predicted.probs is not None:
-        predicted.probs.put(top, _without(nowhere, probs.permute(1, 2, 0)))
+        predicted.probs.put(top, _without(nowhere, probs.transpose(1, 2, 0)))
     if predicted.uncertainty is not None:
         total = _entropy(probs[None])[0]  # (n, W)
-        parts = [total, (total - torch.from_numpy(values[num_classes])).clamp_min(0)]
-        predicted.uncertainty.put(top, _without(nowhere, torch.stack(parts[: predicted.uncertainty.shape[2]], dim=2)))
+        parts = [total, (total - values[num_classes]).clip(min=0)]
+        predicted.uncertainty.put(top, _without(nowhere, np.stack(parts[: predicted.uncertainty.shape[2]], axis=2)))
 
 
 def most_probable(probs: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -195,18 +193,22 @@ def most_probable(probs: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[A
     return labels
 
 
-def _without(nowhere: NDArray[np.bool_] | None, values: Tensor) -> NDArray[np.float16]:
+def _without(nowhere: NDArray[np.bool_] | None, values: NDArray[np.float32]) -> NDArray[np.float16]:
     """Values (n, W, K) as they are kept: NaN where there is no data."""
-    kept = values.half().numpy()
+    kept = values.astype(np.float16)
     if nowhere is not None:
         kept[nowhere] = np.nan
-    return np.asarray(kept)
+    return kept
 
 
-def _entropy(probs: Tensor) -> Tensor:
+def _entropy(probs: NDArray[np.float32]) -> NDArray[np.float32]:
     """Entropy (N, H, W) of probabilities (N, C, H, W) as a share of its largest value, log C."""
-    entropy: Tensor = torch.special.entr(probs).sum(dim=1)
-    return entropy / max(log(probs.shape[1]), 1e-12)
+    entropy = np.zeros((len(probs), *probs.shape[2:]), np.float32)
+    for label in range(probs.shape[1]):
+        share = probs[:, label]
+        entropy -= share * np.log(np.maximum(share, TINY))
+    entropy /= np.float32(max(log(probs.shape[1]), 1e-12))
+    return entropy
 
 
 @dataclass(frozen=True)
@@ -237,8 +239,6 @@ class Engine:
     def __init__(self, members: Sequence[Member], options: Options) -> None:
         self.members, self.options = members, options
         self.intake = members[0].intake
-        self._statistics = [torch.tensor(each).view(1, -1, 1, 1) for each in (self.intake.mean, self.intake.std)]
-        self.device = members[0].device
         self.share = sum(member.weight for member in members)
         self.batch_size = options.batch_size or members[0].config.training.batch_size
         self._failed = -1  # the image that last could not be read
@@ -296,28 +296,34 @@ class Engine:
         for (work, _), tile in zip(batch, values, strict=True):
             yield from self._finished(work, tile)
 
-    @torch.inference_mode()
     def values(self, pixels: NDArray[Any]) -> NDArray[np.float32]:
         """Merged values (N, K, h, w) of tiles (N, h, w, channels)."""
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        black = self._statistics if images.dtype == torch.uint8 else BLACK
-        images = self.members[0].task.normalize(images, self.device)
-        merged, entropy = Merger(self.options.ensemble_aggregation), torch.zeros((), device=self.device)
+        if len(self.members) == 1 and not self.options.uncertainty:
+            values = self._augmented(self.members[0], pixels)
+        else:
+            values = self._merged(pixels)
+        return values if self.share == 1 else values * np.float32(self.share)
+
+    def _merged(self, pixels: NDArray[Any]) -> NDArray[np.float32]:
+        """What all members say, and, for the uncertainty, the mean of their entropies."""
+        merged = Merger(self.options.ensemble_aggregation)
+        entropy = np.zeros((len(pixels), *pixels.shape[1:3]), np.float32)
         for member in self.members:
-            probs = self._augmented(member, images, *(part.to(self.device) for part in black))
+            probs = self._augmented(member, pixels)
             merged.add(probs, member.weight)
             if self.options.uncertainty:
-                entropy = entropy + _entropy(probs) * (member.weight / self.share)
+                entropy += _entropy(probs) * np.float32(member.weight / self.share)
         values = merged.result()
-        if self.options.uncertainty:
-            values = torch.cat([values, entropy[:, None]], dim=1)
-        return (values if self.share == 1 else values * self.share).cpu().numpy()
+        return np.concatenate([values, entropy[:, None]], axis=1) if self.options.uncertainty else values
 
-    def _augmented(self, member: Member, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        merged, size = Merger(self.options.tta_aggregation), (images.shape[2], images.shape[3])
+    def _augmented(self, member: Member, pixels: NDArray[Any]) -> NDArray[np.float32]:
+        """What one member says of all views."""
+        if len(self.options.views) == 1:
+            return member.probabilities(pixels)
+        levels = Levels.of(pixels.dtype, self.intake.mean, self.intake.std)
+        merged, size = Merger(self.options.tta_aggregation), (pixels.shape[1], pixels.shape[2])
         for view in self.options.views:
-            probs = member.probabilities(view.apply(images, mean, std))
-            merged.add(view.invert(probs, size))
+            merged.add(view.invert(member.probabilities(view.apply(pixels, levels)), size))
         return merged.result()
 
     def _finished(self, work: Work, tile: NDArray[np.float32]) -> Iterator[Band]:

@@ -47,16 +47,20 @@ class Scene:
     @cached_property
     def _source(self) -> Source:
         pair = Pair(self.item.path, self.item.path)
-        return open_source(pair, self._member.task.val_transforms, self._member.intake.channels, with_masks=False)
+        return open_source(pair, self._member.data.val_transforms, self._member.intake.channels, with_masks=False)
 
     @cached_property
     def _canvas(self) -> NDArray[Any]:
         """The whole image as the network takes it, (h, w, channels)."""
         unused = np.random.default_rng(0)  # nothing in a validation list is random
-        canvas = self._member.task.val_transforms.apply(self._source, unused, unused)[0]
+        canvas = self._member.data.val_transforms.apply(self._source, unused, unused)[0]
         if self.canvas != self.size and self.decoded_bytes > KEPT_BYTES:
             del self._source  # many images wait for their batch: only what the network sees of them is kept
         return canvas
+
+    def decode(self) -> None:
+        """Read the file now, where it is read whole."""
+        self._source  # noqa: B018 - reading is what it does
 
     def tile(self, window: Window) -> NDArray[Any]:
         """Return the pixels (h, w, channels) of a window of the canvas."""

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from math import ceil
 from typing import NamedTuple
 
+import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from ml_src.core.transforms.source import Size, Window
 
@@ -128,13 +127,15 @@ class Blender:
 def enlarged(canvas: NDArray[np.float32], size: Size, top: int, bottom: int) -> NDArray[np.float32]:
     """Rows top to bottom of a canvas (K, h, w) brought to `size` (H, W) by bilinear interpolation: (K, n, W).
 
-    The same values as torch's `interpolate`, without aligned corners, gives for the whole.
+    The same values as of the whole, its edges repeated (torch's `interpolate` without aligned corners).
     """
-    source = torch.from_numpy(canvas)
-    places = (torch.arange(top, bottom) + 0.5) * (canvas.shape[1] / size[0]) - 0.5
-    places = places.clamp(0, canvas.shape[1] - 1)
-    low = places.long()
-    high = (low + 1).clamp_max(canvas.shape[1] - 1)
-    rows = torch.lerp(source[:, low], source[:, high], (places - low)[:, None].float())  # (K, n, w)
-    band = F.interpolate(rows[None], size=(bottom - top, size[1]), mode="bilinear", align_corners=False)[0]
-    return np.asarray(band.numpy())
+    places = (np.arange(top, bottom) + 0.5) * (canvas.shape[1] / size[0]) - 0.5
+    places = places.clip(0, canvas.shape[1] - 1)
+    low = places.astype(np.intp)
+    high = np.minimum(low + 1, canvas.shape[1] - 1)
+    shares = (places - low).astype(np.float32)[:, None]
+    rows = canvas[:, low]  # (K, n, w)
+    rows += shares * (canvas[:, high] - rows)
+    if size[1] == canvas.shape[2]:
+        return rows
+    return np.stack([cv2.resize(plane, (size[1], bottom - top), interpolation=cv2.INTER_LINEAR) for plane in rows])

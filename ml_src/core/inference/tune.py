@@ -153,13 +153,13 @@ def _require_two(folds: Sequence[Fold], groups: list[str] | None) -> None:
 
 def cases_of(fold: Fold, advance: Callable[[float], None], judging: Judging) -> list[Case]:
     """Predict the validation images of a fold."""
-    transforms, channels = fold.member.task.val_transforms, fold.member.intake.channels
+    transforms, channels = fold.member.data.val_transforms, fold.member.intake.channels
 
     @lru_cache(maxsize=os.cpu_count())  # so many are worked on at a time, and each step asks for bands
     def read(path: Path) -> NDArray[Any]:
         return open_source(Pair(path, path), transforms, channels, with_masks=False).read(None)[0]
 
-    pairs = fold.member.task.pairs("val")
+    pairs = fold.member.data.pairs("val")
     items = [Input(PurePosixPath(pair.image.stem), pair.image) for pair in pairs]
     by_item = dict(zip(items, pairs, strict=True))
 

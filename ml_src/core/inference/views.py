@@ -6,26 +6,48 @@ Next to read: `predictor.py`, which shows every tile in every view.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+import cv2
+import numpy as np
+from numpy.typing import NDArray
 
 from ml_src.core.config import Config
 from ml_src.core.config_rules import Mirroring
 from ml_src.core.errors import ConfigError
 from ml_src.core.registry import suggest
 from ml_src.core.transform_specs import RandomHorizontalFlip, RandomRotate90, RandomTranspose, RandomVerticalFlip
+from ml_src.core.transforms.geometry import by_channels
+from ml_src.core.transforms.intensity import full_range
 from ml_src.core.transforms.source import Size
 
 FLAG = "--tta_augmentations"
 FACTORS = (0.25, 4.0)  # smallest and largest of scale, brightness and contrast
 USUAL_FACTOR = 1.1  # of brightness and contrast without a number
 TIE = 0.001  # what the mean probability weighs beside the votes
-ROWS, COLUMNS = 2, 3  # axes of (N, C, H, W)
+
+Pixels = NDArray[Any]  # (N, H, W, channels), uint8, uint16, int16 or float32
+Floats = NDArray[np.float32]
 
 Aggregation = Literal["mean", "max", "voting"]
+
+
+class Levels(NamedTuple):
+    """Pixel values of each channel, (channels,): what black is, and the mean of `normalize`."""
+
+    black: Floats
+    mean: Floats
+
+    @classmethod
+    def of(cls, dtype: np.dtype[Any], mean: Sequence[float], std: Sequence[float]) -> "Levels":
+        """From the statistics of `normalize`, for pixels of a number type.
+
+        Numbers other than 8 bits need not begin at black: there it lies two deviations below the mean, where the
+        colours of training have it.
+        """
+        scale = full_range(dtype)
+        centre, spread = (np.array(each, np.float32) * np.float32(scale) for each in (mean, std))
+        return cls(np.zeros_like(centre) if dtype == np.uint8 else centre - 2 * spread, centre)
 
 
 @dataclass(frozen=True)
@@ -39,18 +61,15 @@ class View:
         """Whether left becomes right."""
         return False
 
-    def apply(self, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Return the images as this view shows them.
+    def apply(self, pixels: Pixels, levels: Levels) -> Pixels:
+        """Return pixels (N, H, W, channels) as this view shows them, of the same number type; they are not written to.
 
-        Args:
-            images: (N, C, H, W), normalised, floating point; not written to.
-            mean: (1, C, 1, 1), such that images * std + mean are pixel values of which 0 is black.
-            std: likewise. For images whose numbers do not begin at black (all but 8-bit ones) 2 and 1 put black two
-                deviations below the mean, where the colours of training have it.
+        It shows files, not what a network makes of them, so that every engine is given the same: whole numbers are
+        rounded and clipped, as those of augmented images in training are.
         """
-        return images
+        return pixels
 
-    def invert(self, probs: Tensor, size: Size) -> Tensor:
+    def invert(self, probs: Floats, size: Size) -> Floats:
         """Return probabilities (N, K, h, w) of the view's images as (N, K, H, W), where the images' pixels are.
 
         `size` is (H, W), of the images that `apply` was given.
@@ -63,65 +82,86 @@ class Turned(View):
     """Rows and columns swapped or not, then flipped along some axes: a permutation of the pixels, without any blur."""
 
     transposed: bool = False
-    flipped: tuple[int, ...] = ()
+    flips_rows: bool = False
+    flips_columns: bool = False
 
     @property
     def mirrors(self) -> bool:
-        return (len(self.flipped) + self.transposed) % 2 == 1
+        return (self.flips_rows + self.flips_columns + self.transposed) % 2 == 1
 
-    def apply(self, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        return (images.mT if self.transposed else images).flip(self.flipped)
+    def apply(self, pixels: Pixels, levels: Levels) -> Pixels:
+        return self._flipped(pixels.swapaxes(1, 2) if self.transposed else pixels, 1).copy()  # engines want it in order
 
-    def invert(self, probs: Tensor, size: Size) -> Tensor:
-        probs = probs.flip(self.flipped)
-        return probs.mT if self.transposed else probs
+    def invert(self, probs: Floats, size: Size) -> Floats:
+        probs = self._flipped(probs, 2)
+        return probs.swapaxes(2, 3) if self.transposed else probs
+
+    def _flipped(self, values: NDArray[Any], rows: int) -> NDArray[Any]:
+        axes = tuple(axis for axis, flips in ((rows, self.flips_rows), (rows + 1, self.flips_columns)) if flips)
+        return np.asarray(np.flip(values, axes))
 
 
 @dataclass(frozen=True)
 class Scaled(View):
-    """Height and width times a factor, rounded; bilinear both ways, and antialiased where it shrinks."""
+    """Height and width times a factor, rounded: bilinear where it enlarges, averaged where it shrinks; and back."""
 
     factor: float = 1.0
 
-    def apply(self, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        height, width = (max(1, round(self.factor * side)) for side in images.shape[-2:])
-        return _resized(images, (height, width))
+    def apply(self, pixels: Pixels, levels: Levels) -> Pixels:
+        height, width = (max(1, round(self.factor * side)) for side in pixels.shape[1:3])
+        return np.stack([by_channels(lambda part: _resized(part, (height, width)), image) for image in pixels])
 
-    def invert(self, probs: Tensor, size: Size) -> Tensor:
-        return _resized(probs, size)
+    def invert(self, probs: Floats, size: Size) -> Floats:
+        return np.stack([[_resized(plane, size) for plane in image] for image in probs])
 
 
 @dataclass(frozen=True)
 class Brighter(View):
-    """Pixel values times a factor, as color_jitter does it, but nothing is clipped."""
+    """Distances to black times a factor, as color_jitter does it."""
 
     factor: float = 1.0
 
-    def apply(self, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        return self.factor * images + (self.factor - 1) * mean / std  # (factor * (images * std + mean) - mean) / std
+    def apply(self, pixels: Pixels, levels: Levels) -> Pixels:
+        return _stretched(pixels, levels.black, self.factor)
 
 
 @dataclass(frozen=True)
 class Contrasted(View):
-    """Distances to the mean of `normalize` times a factor; nothing is clipped.
+    """Distances to the mean of `normalize` times a factor.
 
     Not to the image's own mean: that differs from tile to tile, and with what a batch fills up.
     """
 
     factor: float = 1.0
 
-    def apply(self, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        return self.factor * images
+    def apply(self, pixels: Pixels, levels: Levels) -> Pixels:
+        return _stretched(pixels, levels.mean, self.factor)
+
+
+def _stretched(pixels: Pixels, centre: Floats, factor: float) -> Pixels:
+    """Distances to a centre (channels,) times a factor."""
+    values = centre + np.float32(factor) * (pixels.astype(np.float32) - centre)
+    if pixels.dtype.kind == "f":
+        return values
+    limits = np.iinfo(pixels.dtype)
+    return np.asarray(np.rint(values).clip(limits.min, limits.max).astype(pixels.dtype))
+
+
+def _resized(values: NDArray[Any], size: Size) -> NDArray[Any]:
+    """Resize (h, w) or (h, w, up to 4)."""
+    shrinks = size[0] < values.shape[0] or size[1] < values.shape[1]
+    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(values, (size[1], size[0]), interpolation=how))
 
 
 TURNED = {
     view.name: view
     for view in (
-        Turned("horizontal_flip", flipped=(COLUMNS,)),
-        Turned("vertical_flip", flipped=(ROWS,)),
-        Turned("rotate_90", transposed=True, flipped=(ROWS,)),  # counter-clockwise, as random_rotate90
-        Turned("rotate_180", flipped=(ROWS, COLUMNS)),
-        Turned("rotate_270", transposed=True, flipped=(COLUMNS,)),
+        Turned("horizontal_flip", flips_columns=True),
+        Turned("vertical_flip", flips_rows=True),
+        Turned("rotate_90", transposed=True, flips_rows=True),  # counter-clockwise, as random_rotate90
+        Turned("rotate_180", flips_rows=True, flips_columns=True),
+        Turned("rotate_270", transposed=True, flips_columns=True),
         Turned("transpose", transposed=True),
     )
 }
@@ -206,36 +246,32 @@ class Merger:
 
     def __init__(self, how: Aggregation) -> None:
         self.how = how
-        self._merged: Tensor | None = None  # (N, C, H, W) float32
+        self._merged: Floats | None = None  # (N, C, H, W)
         self._weights = 0.0
 
-    def add(self, probs: Tensor, weight: float = 1.0) -> None:
+    def add(self, probs: Floats, weight: float = 1.0) -> None:
         """Add probabilities (N, C, H, W), which sum to 1 over C and are not written to; `max` knows no weights."""
-        probs, self._weights = probs.float(), self._weights + weight
+        self._weights += weight
         if self._merged is None:
-            self._merged = torch.zeros_like(probs)
+            self._merged = np.zeros(probs.shape, np.float32)
         match self.how:
             case "mean":
-                self._merged.add_(probs, alpha=weight)
+                self._merged += probs if weight == 1 else np.float32(weight) * probs
             case "max":
-                torch.maximum(self._merged, probs, out=self._merged)
+                np.maximum(self._merged, probs, out=self._merged)
             case "voting":
-                votes = probs.argmax(dim=1, keepdim=True)  # (N, 1, H, W)
-                self._merged.add_(probs, alpha=TIE * weight)
-                self._merged.scatter_add_(1, votes, torch.full_like(votes, weight, dtype=torch.float32))
+                votes = probs.argmax(axis=1)[:, None]  # (N, 1, H, W)
+                self._merged += np.float32(TIE * weight) * probs
+                merged = np.take_along_axis(self._merged, votes, axis=1)
+                np.put_along_axis(self._merged, votes, merged + np.float32(weight), axis=1)
 
-    def result(self) -> Tensor:
-        """Return the merged probabilities (N, C, H, W), float32; after at least one `add`."""
+    def result(self) -> Floats:
+        """Return the merged probabilities (N, C, H, W); after at least one `add`."""
         assert self._merged is not None
         match self.how:
             case "mean":
-                return self._merged / self._weights
+                return self._merged / np.float32(self._weights)
             case "max":
-                return self._merged / self._merged.sum(dim=1, keepdim=True)
+                return np.asarray(self._merged / self._merged.sum(axis=1, keepdims=True))
             case "voting":
-                return self._merged / (self._weights * (1 + TIE))
-
-
-def _resized(values: Tensor, size: Size) -> Tensor:
-    shrinks = size[0] < values.shape[-2] or size[1] < values.shape[-1]
-    return F.interpolate(values, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+                return self._merged / np.float32(self._weights * (1 + TIE))

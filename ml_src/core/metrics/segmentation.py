@@ -4,12 +4,13 @@ Averages of per-batch or per-image scores would depend on the batch size or weig
 counts only add up.
 """
 
-from typing import TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Matrix = NDArray[np.int64]
 Scores = NDArray[np.float64]
@@ -26,57 +27,63 @@ class ConfusionMatrix:
     def __init__(self, num_classes: int, ignore_index: int | None) -> None:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
-        self.counts = torch.zeros(num_classes**2, dtype=torch.int64)
+        self.counts: Any = np.zeros(num_classes**2, np.int64)  # or a tensor, where tensors are counted
 
-    def update(self, labels: Tensor | NDArray[np.integer], masks: Tensor | NDArray[np.integer]) -> None:
+    def update(self, labels: "Tensor | NDArray[np.integer]", masks: "Tensor | NDArray[np.integer]") -> None:
         """Count predicted labels against the true masks.
 
         Counting happens where `labels` lie; the result stays there until `matrix` is read.
 
-        Shape: two integer arrays or tensors of one shape, whatever it is.
+        Shape: two integer arrays, or two tensors, of one shape, whatever it is.
         Raises: ValueError if the shapes differ, or a label or mask value lies outside 0..C-1 (and a mask value is not
             ignore_index).
         """
         if labels.shape != masks.shape:
             raise ValueError(f"labels {tuple(labels.shape)} and masks {tuple(masks.shape)} differ in shape")
-        predicted = _flat_int64(labels)
-        true = _flat_int64(masks).to(predicted.device)
+        library, predicted, true = _flat_int64(labels, masks)
         size = self.num_classes
         known = _inside(true, size) & _inside(predicted, size)
-        cells = torch.where(known, true * size + predicted, -1)
+        cells = library.where(known, true * size + predicted, -1)
         if self.ignore_index is not None:
-            cells = torch.where(true == self.ignore_index, size**2, cells)  # one cell more, cut off below
+            cells = library.where(true == self.ignore_index, size**2, cells)  # one cell more, cut off below
         try:
-            counts = torch.bincount(cells, minlength=size**2 + 1)
-        except RuntimeError:  # it refuses -1; to look for one before would be a second wait for the GPU
+            counts = library.bincount(cells, minlength=size**2 + 1)
+        except (RuntimeError, ValueError):  # it refuses -1; to look for one before would be a second wait for the GPU
             self._name_outsider(predicted, true)
             raise
-        self.counts = self.counts.to(counts.device) + counts[: size**2]
+        before = self.counts if library is np else library.as_tensor(self.counts, device=counts.device)
+        self.counts = before + counts[: size**2]
 
     @property
     def matrix(self) -> Matrix:
         """The counts, (C, C) int64; rows are truth, columns prediction."""
-        counts: Matrix = self.counts.cpu().numpy().reshape(self.num_classes, self.num_classes).copy()
-        return counts
+        counts = self.counts if isinstance(self.counts, np.ndarray) else self.counts.cpu().numpy()
+        matrix: Matrix = counts.reshape(self.num_classes, self.num_classes).copy()
+        return matrix
 
-    def _name_outsider(self, predicted: Tensor, true: Tensor) -> None:
+    def _name_outsider(self, predicted: Any, true: Any) -> None:
         """Raise the ValueError that names the first value outside the classes, if there is one."""
-        counted = torch.ones_like(true, dtype=torch.bool) if self.ignore_index is None else true != self.ignore_index
         for name, values in (("mask", true), ("label", predicted)):
-            outside = values[counted & ~_inside(values, self.num_classes)]
-            if len(outside):
+            outside = ~_inside(values, self.num_classes)
+            if self.ignore_index is not None:
+                outside &= true != self.ignore_index
+            if outside.any():
                 raise ValueError(
-                    f"{name} value {int(outside[0])} is no class (0 to {self.num_classes - 1}) "
+                    f"{name} value {int(values[outside][0])} is no class (0 to {self.num_classes - 1}) "
                     f"and not ignore_index ({self.ignore_index})"
                 )
 
 
-def _flat_int64(values: Tensor | NDArray[np.integer]) -> Tensor:
-    tensor = torch.from_numpy(values.astype(np.int64)) if isinstance(values, np.ndarray) else values
-    return tensor.flatten().long()
+def _flat_int64(labels: Any, masks: Any) -> tuple[Any, Any, Any]:
+    """The library that counts, torch only where its tensors are counted, and both as (n,) int64 of it."""
+    if isinstance(labels, np.ndarray):
+        return np, labels.ravel().astype(np.int64), np.asarray(masks).ravel().astype(np.int64)
+    import torch
+
+    return torch, labels.flatten().long(), torch.as_tensor(masks, device=labels.device).flatten().long()
 
 
-def _inside(values: Tensor, num_classes: int) -> Tensor:
+def _inside(values: Any, num_classes: int) -> Any:
     return (values >= 0) & (values < num_classes)
 
 

@@ -3,7 +3,6 @@
 import logging
 import math
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 
 from ml_src.core.config import Config
 from ml_src.core.data import checks, splits
+from ml_src.core.data.labelled_images import LabelledImages
 from ml_src.core.data.loaders import Batch, Loader
 from ml_src.core.data.order import Order, ShareOfBatches
-from ml_src.core.data.pairs import Pairs
 from ml_src.core.data.segmentation import SampleKey, SegmentationDataset
 from ml_src.core.data.statistics import channel_statistics
 from ml_src.core.errors import DataError
@@ -23,7 +22,7 @@ from ml_src.core.losses.segmentation import balanced_weights
 from ml_src.core.metrics.segmentation import ConfusionMatrix, summarize
 from ml_src.core.pictures import Image, side_by_side
 from ml_src.core.progress import progress_bar
-from ml_src.core.transforms import Pipeline, build_transforms
+from ml_src.core.transforms import Pipeline
 from ml_src.core.transforms.intensity import full_range
 
 PANEL_ROWS, PANEL_SIDE = 4, 256
@@ -46,7 +45,7 @@ class SegmentationMetric:
     @property
     def counts(self) -> Tensor:
         """The counts of all pairs of classes as a tensor: what a checkpoint keeps in the middle of an epoch."""
-        return self.confusion.counts
+        return torch.as_tensor(self.confusion.counts)
 
     @counts.setter
     def counts(self, counts: Tensor) -> None:
@@ -66,7 +65,7 @@ class SegmentationMetric:
         return values
 
 
-class Segmentation:
+class Segmentation(LabelledImages):
     """The task `segmentation` of a configuration."""
 
     monitors: tuple[str, ...] = (
@@ -75,22 +74,8 @@ class Segmentation:
     )  # fmt: skip
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self._pairs: dict[str, Pairs] = {}
+        super().__init__(config)
         self._statistics: dict[torch.device, list[Tensor]] = {}
-        self.data_dir = Path(config.data.data_dir)
-        self.class_names = config.class_names
-        self.ignore_index = config.ignore_index
-
-    @cached_property
-    def train_transforms(self) -> Pipeline:
-        """What happens to a training sample."""
-        return build_transforms(self.config.train_transforms, self.ignore_index)
-
-    @cached_property
-    def val_transforms(self) -> Pipeline:
-        """What happens to a sample that is measured or predicted."""
-        return build_transforms(self.config.val_transforms, self.ignore_index)
 
     def settle(self) -> Config:
         """Return, and use from now on, the configuration with the statistics that it left to the training images."""
@@ -101,28 +86,10 @@ class Segmentation:
             self.config = self.config.with_statistics(*found)
         return self.config
 
-    def pairs(self, split: str) -> Pairs:
-        """Return the image/mask pairs of `train`, `val` or `test` from the index files of the fold."""
-        if split not in self._pairs:  # once: reading looks every listed file up
-            name = split if split == "test" else f"fold_{self.config.data.fold}_{split}"
-            self._pairs[split] = splits.read_split(self.config.splits_dir, self.data_dir, name)
-        return self._pairs[split]
-
-    def num_images(self, split: str) -> int:
-        """Return how many images a split has."""
-        return len(self.pairs(split))
-
     def fingerprint(self, split: str) -> str:
         """Return a text that changes when an image or mask of the split does: names, sizes, times of change."""
         files = [(path, path.stat()) for pair in self.pairs(split) for path in (pair.image, pair.mask)]
         return " ".join(f"{path.name} {found.st_size} {found.st_mtime_ns}" for path, found in files)
-
-    def groups(self, split: str) -> list[str]:
-        """Return the group of each image of a split, as ml-split kept them together.
-
-        Raises: DataError where the split was made without groups.
-        """
-        return splits.read_groups(self.config.splits_dir, self.pairs(split))
 
     @cached_property
     def _train_counts(self) -> list[int]:

@@ -11,12 +11,13 @@ from types import FrameType
 
 import torch
 
+from ml_src.core.allocator import keep_freed_memory
 from ml_src.core.atomic import remove_leftovers, write_text
 from ml_src.core.callbacks import build_callbacks
 from ml_src.core.checkpoint import load_checkpoint, previous_of
 from ml_src.core.config import Config
 from ml_src.core.config_file import parse_config, to_yaml
-from ml_src.core.device import keep_freed_memory, seed_everything
+from ml_src.core.device import seed_everything
 from ml_src.core.errors import ConfigError
 from ml_src.core.network import build_model
 from ml_src.core.optim import Schedule, build_optimizer

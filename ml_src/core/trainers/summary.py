@@ -6,8 +6,8 @@ from typing import Any
 from ml_src.core.atomic import write_json, write_text
 from ml_src.core.checkpoint import load_checkpoint, load_weights
 from ml_src.core.inference.measure import TITLES, Measuring, results, split_report
-from ml_src.core.inference.members import Member, placed
 from ml_src.core.inference.predictor import Options
+from ml_src.core.inference.torch_member import TorchMember, placed
 from ml_src.core.network import build_model
 from ml_src.core.trainers.run_dir import command
 from ml_src.core.trainers.training import Training
@@ -24,7 +24,7 @@ def measure(t: Training) -> str:
     best = load_checkpoint(path, t.device)
     network = build_model(t.config.model)  # not the one in training: it may be wrapped or divided
     load_weights(network, best["model_state_dict"], path)
-    member = Member(path, t.config, placed(network, t.device), t.device)
+    member = TorchMember(path=path, config=t.config, network=placed(network, t.device), device=t.device)
     options = Options(batch_size=t.train_loader.order.batch_size)  # which fitted into memory
     reports = {}
     for split in t.task.measured_splits():
