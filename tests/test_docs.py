@@ -31,7 +31,7 @@ GUIDE = ROOT / "docs" / "guide.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 COMMANDS = {"ml-split": "split", "ml-init-config": "init_config", "ml-train": "train", "ml-inference": "inference"}
-COMMANDS |= {"ml-check": "check", "ml-demo": "demo"}
+COMMANDS |= {"ml-check": "check", "ml-export": "export", "ml-demo": "demo"}
 
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 

@@ -24,7 +24,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from ml_src.cli import inference, init_config, split, train
+from ml_src.cli import export, inference, init_config, split, train
 from ml_src.core.checkpoint import load_checkpoint
 from ml_src.core.config import Config
 from ml_src.core.config_file import load_config, parse_config
@@ -39,6 +39,7 @@ COMMANDS = {
     "ml-init-config": init_config.main,
     "ml-train": train.main,
     "ml-inference": inference.main,
+    "ml-export": export.main,
 }
 # 100 epochs of 64 channels take hours; --set stands last, so that a test can add another key
 SMALL = "--num_epochs 1 --num_workers 0 --set model.base_channels=2"
@@ -502,6 +503,10 @@ ml-init-config data/landcover --task segmentation
 ml-train --config configs/landcover_config.yaml \\
          --batch_size 4 \\
          --loss dice_loss
+
+# 4. Export for deployment
+ml-export --checkpoint runs/landcover_fold_0/weights/best.pt \\
+          --validate --benchmark
 """
 
 
@@ -1239,6 +1244,12 @@ def test_the_landcover_example() -> None:
     assert (merged.data.num_classes, merged.training.batch_size, merged.loss.type) == (5, 4, "dice_loss")
     metrics = json.loads(Path("runs/landcover_fold_0/metrics.json").read_text())
     assert np.shape(metrics["test"]["confusion_matrix"]) == (5, 5)
+    weights = Path("runs/landcover_fold_0/weights")
+    assert json.loads((weights / "best.validation.json").read_text())["verdict"] == "PASS"
+    timed = json.loads((weights / "best.benchmark.json").read_text())
+    names = [one["name"] for one in timed["contestants"]]
+    assert names[0] == "PyTorch float32" and any(name.startswith("onnxruntime ") for name in names)
+    assert {path.name for path in weights.iterdir()} >= {"best.onnx", "MODEL_CARD.md"}
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "ml-demo"])

@@ -24,6 +24,8 @@ REMEDIES = {
     errno.EEXIST: "move it away, or choose another folder",
 }
 
+OF_TRAINING = ("accelerate", "tensorboard", "torch")  # what the extra `train` installs
+
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose long flags accept `-` and `_` alike and whose errors fit on one line."""
@@ -90,6 +92,9 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, ModuleNotFoundError) and error.name in OF_TRAINING:
+            _show(f"error: this needs {error.name}, which is not installed: run pip install 'ml-src[train]'")
+            return 2
         _show(f"unexpected error: {type(error).__name__}: {error} (--debug shows where)")
         return 1
 

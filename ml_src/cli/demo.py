@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ml_src.cli import inference, init_config, split, train
+from ml_src.cli import export, inference, init_config, split, train
 from ml_src.cli._app import Parser, run
 
 Main = Callable[[Sequence[str]], int]
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(argv: Sequence[str]) -> int:
-    parser = Parser("ml-demo", "Generate a small data set, then split, configure, train, predict and measure.")
+    parser = Parser("ml-demo", "Generate a small data set, then split, configure, train, measure and export.")
     parser.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR", help="default: demo")
     parser.add_argument("--num_epochs", type=int, default=24, help="passes over the training images")
     args = parser.parse(argv)
@@ -38,6 +38,7 @@ def _demo(argv: Sequence[str]) -> int:
         ),
         (train.main, f"ml-train --config {config} --overwrite"),
         (inference.main, f"ml-inference --checkpoint_path {fold}/weights/best.pt"),
+        (export.main, f"ml-export --checkpoint {fold}/weights/best.pt --validate"),
     ]
     for command, line in commands:
         print(f"\n$ {line}", flush=True)
@@ -47,7 +48,7 @@ def _demo(argv: Sequence[str]) -> int:
     for path in sorted((fold / "inference" / "test" / "overlays").iterdir())[:3]:
         print(f"  {args.output / path}")
     print(f"\nNext: cd {shlex.quote(str(args.output))} && tensorboard --logdir {fold}/tensorboard")
-    print("Your own data: the same four commands, with your folder in place of data/sample.")
+    print("Your own data: the same five commands, with your folder in place of data/sample.")
     return 0
 
 

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from ml_src.core.checking.output_folder import digest_of
 from ml_src.core.config_file import parse_config
 from ml_src.core.errors import ConfigError
-from ml_src.core.export.openvino_file import weights_of
 from ml_src.core.export.runtime import Exported, open_exported
-from ml_src.core.inference.members import Member
+from ml_src.core.inference.members import Intake, Member
 from ml_src.core.inference.memory import peak_of_process
 from ml_src.core.postprocess_specs import PostprocessStep, steps_from_yaml
 
@@ -32,9 +31,13 @@ class ExportedMember(Member):
         return PRECISIONS[self.exported.metadata.precision]
 
     @cached_property
+    def intake(self) -> Intake:
+        size, usual = self.exported.input_size, super().intake
+        return usual if size is None else usual._replace(tile=size, fixed=True)
+
+    @cached_property
     def digest(self) -> str:
-        weights = [weights_of(self.path)] if self.path.suffix.lower() == ".xml" else []
-        return " ".join(digest_of(path) for path in (self.path, *weights))
+        return " ".join(digest_of(path) for path in self.exported.files)
 
     @property
     def chain(self) -> list[PostprocessStep]:

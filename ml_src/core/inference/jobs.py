@@ -29,7 +29,7 @@ from ml_src.core.inference.memory import MIB, format_size, parse_size
 from ml_src.core.inference.postprocess import chain_path
 from ml_src.core.inference.predictor import Failed, Options, Predicted
 from ml_src.core.inference.tiling import ALIGN
-from ml_src.core.inference.views import Aggregation, default_views, parse_views
+from ml_src.core.inference.views import Aggregation, Levels, View, default_views, parse_views
 from ml_src.core.inference.writers import (
     SCRATCH,
     place_of,
@@ -161,7 +161,24 @@ def prepare(request: Request) -> Prepared:
         probabilities=request.save_probs is not None,
         uncertainty=request.uncertainty,
     )
+    _require_views_that_fit(members, options.views)
     return Prepared(request, members, options, _steps(request, members))
+
+
+def _require_views_that_fit(members: Sequence[Member], views: Sequence[View]) -> None:
+    """Refuse views that are larger than the one size that an exported file takes."""
+    for member in members:
+        if not member.intake.fixed:
+            continue
+        height, width = member.intake.tile
+        blank = np.zeros((1, height, width, 1), np.uint8)
+        for view in views:
+            shape = view.apply(blank, Levels.of(blank.dtype, (0.0,), (1.0,))).shape
+            if shape[1] > height or shape[2] > width:
+                raise ConfigError(
+                    f"{member.path} takes {height}x{width} pixels only, and the view {view.name} of them is larger: "
+                    "leave it out, or export the checkpoint without --input_size"
+                )
 
 
 def _require_possible(request: Request) -> None:

@@ -38,6 +38,7 @@ class Intake(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     tile: Size  # height and width of what it has seen in training, rounded up to multiples of 32
+    fixed: bool = False  # whether it takes nothing larger than a tile
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from ml_src.core.errors import DataError
 from ml_src.core.inference import planes
 from ml_src.core.inference.in_order import in_order
 from ml_src.core.inference.inputs import Input
-from ml_src.core.inference.members import Member
+from ml_src.core.inference.members import Intake, Member
 from ml_src.core.inference.planes import Plane
 from ml_src.core.inference.scene import Scene
 from ml_src.core.inference.tiling import Blender, Grid, enlarged
@@ -234,11 +234,11 @@ def _read(work: Work) -> NDArray[Any] | DataError:
 
 
 class Engine:
-    """Members of one intake, which see the same tiles."""
+    """Members of one intake, which see the same tiles: those of another intake, if that is given."""
 
-    def __init__(self, members: Sequence[Member], options: Options) -> None:
+    def __init__(self, members: Sequence[Member], options: Options, intake: Intake | None = None) -> None:
         self.members, self.options = members, options
-        self.intake = members[0].intake
+        self.intake = intake or members[0].intake
         self.share = sum(member.weight for member in members)
         self.batch_size = options.batch_size or members[0].config.training.batch_size
         self._failed = -1  # the image that last could not be read
@@ -284,7 +284,9 @@ class Engine:
         tile = self.intake.tile
         if self.options.tile is not None:
             tile = (self.options.tile, self.options.tile)
-        elif all(side <= WHOLE * limit for side, limit in zip(canvas, tile, strict=True)):
+            if self.intake.fixed:
+                tile = (min(tile[0], self.intake.tile[0]), min(tile[1], self.intake.tile[1]))
+        elif not self.intake.fixed and all(side <= WHOLE * limit for side, limit in zip(canvas, tile, strict=True)):
             tile = canvas
         overlap = self.options.overlap
         if overlap is None:

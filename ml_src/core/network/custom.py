@@ -22,6 +22,9 @@ class SimpleUNet(nn.Module):
     Shape: images (N, in_channels, H, W), normalised floats, any H, W >= 1; returns logits (N, num_classes, H, W).
     """
 
+    size_multiple = 2**LEVELS  # both sides are halved at each level
+    least_size = 2 * size_multiple  # so that more than one pixel is left at the bottom
+
     def __init__(
         self, in_channels: int = 3, num_classes: int = 2, base_channels: int = 64, dropout: float = 0.0, **_: object
     ) -> None:
@@ -37,7 +40,7 @@ class SimpleUNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        x = self.stem(_pad(images))
+        x = self.stem(pad_edges(images, self.size_multiple, self.least_size))
         skips = []
         for down in self.down:
             skips.append(x)
@@ -63,11 +66,14 @@ class DoubleConv(nn.Sequential):
         )
 
 
-def _pad(images: Tensor) -> Tensor:
-    """Repeat the last row and column until both sides can be halved four times and leave more than one pixel."""
-    step = 2**LEVELS
-    height, width = (max(2 * step, -(-side // step) * step) for side in images.shape[-2:])
-    right, bottom = width - images.shape[-1], height - images.shape[-2]
+def pad_edges(images: Tensor, multiple: int, least: int) -> Tensor:
+    """Repeat the last row and column until both sides are multiples of `multiple` and at least `least` pixels.
+
+    Shape: (N, C, H, W) to (N, C, H', W'); the image itself where nothing is to be done.
+    """
+    height, width = images.shape[-2:]
+    bottom = max(least, -(-height // multiple) * multiple) - height
+    right = max(least, -(-width // multiple) * multiple) - width
     return F.pad(images, (0, right, 0, bottom), mode="replicate") if right or bottom else images
 
 

@@ -1,0 +1,273 @@
+"""What ml-export is asked for: a checkpoint, or several, as one file that needs no PyTorch. Next to read: `export/`.
+
+The file is written into a folder of its own beside its target and takes its name only when all that was asked for has
+passed. A file that fails the validation is kept under another name.
+"""
+
+import hashlib
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_src.core.allocator import keep_freed_memory
+from ml_src.core.atomic import write_json, write_text
+from ml_src.core.config_file import plain
+from ml_src.core.data.files import Pair, image_info
+from ml_src.core.deployment.card import model_card
+from ml_src.core.deployment.contestants import Entry, benchmark_members, exported_entry, torch_entries
+from ml_src.core.deployment.evaluation import compare_on, compare_on_random
+from ml_src.core.deployment.facts import collected
+from ml_src.core.deployment.formats import SUFFIXES, Format, open_written, write
+from ml_src.core.deployment.parity import Parity
+from ml_src.core.errors import ConfigError, DataError
+from ml_src.core.export.metadata import InputType, Layout, Metadata, Precision
+from ml_src.core.export.openvino import export_openvino
+from ml_src.core.inference.exported_member import ExportedMember
+from ml_src.core.inference.jobs import home_of
+from ml_src.core.inference.members import Member, checkpoints, require_same_classes, weighted
+from ml_src.core.inference.predictor import Options
+from ml_src.core.inference.torch_member import TorchMember, open_checkpoint
+from ml_src.core.pictures import palette
+from ml_src.core.postprocess_specs import steps_to_yaml
+from ml_src.core.progress import progress_bar
+
+VERSIONS = ("ml-src", "torch", "onnx", "onnxscript", "onnxruntime", "openvino", "safetensors")
+CARD = "MODEL_CARD.md"
+
+log = logging.getLogger("ml_src")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The words of the command line."""
+
+    checkpoints: Sequence[Path]
+    output: Path | None = None
+    format: Format = "onnx"
+    opset: int = 20
+    precision: Precision = "fp32"
+    layout: Layout = "NHWC"
+    input_type: InputType | None = None  # None: that of the images
+    input_size: tuple[int, int] | None = None
+    weights: Sequence[float] | None = None
+    data_dir: Path | None = None
+    plugins: Sequence[str] = ()
+    validate: bool = False
+    benchmark: bool = False
+
+
+class Written(NamedTuple):
+    """What came of it: the blocks that are printed, the files, and whether the file may be used."""
+
+    blocks: list[str]
+    path: Path
+    files: list[Path]
+    passed: bool
+
+
+def export(request: Request) -> Written:
+    """Write the file, its card, and what else is asked for, beside it.
+
+    Raises: MLError for all that the user can mend.
+    """
+    keep_freed_memory()
+    members = _opened(request)
+    target = _target(request, members)
+    metadata = _metadata(request, members)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _workshop(target) as folder:
+        draft = folder / target.name
+        pairs = _validation_pairs(members[0])
+        blocks = write(draft, request.format, members, metadata, request.opset, request.input_size, pairs)
+        reports: dict[str, Any] = {}
+        passed = True
+        if request.validate or request.benchmark:
+            exported = open_written(draft, request.format, members, metadata, request.input_size)
+        if request.validate:
+            parity = _validated(members, exported, metadata, pairs)
+            reports["validation"] = parity.to_json(metadata.precision)
+            passed = parity.verdict(metadata.precision).passed
+            blocks.append(parity.block(metadata.precision))
+        if request.benchmark and passed:
+            timed = benchmark_members(_entries(request, members, exported, metadata), metadata, pairs, folder)
+            reports["benchmark"] = timed.to_json()
+            blocks.append(timed.block())
+        path = target if passed else target.with_name(f"{target.stem}.failed{target.suffix}")
+        files = _settled(draft, path)
+    for kind, contents in reports.items():
+        files.append(path.with_suffix(f".{kind}.json"))
+        write_json(files[-1], contents)
+    files.append(path.with_name(CARD))
+    write_text(
+        files[-1], model_card(metadata, reports.get("validation"), reports.get("benchmark"), path, request.input_size)
+    )
+    return Written(blocks, path, files, passed)
+
+
+def _opened(request: Request) -> list[TorchMember]:
+    """The members, in float32, with their shares.
+
+    Raises: ConfigError for members that one graph cannot hold, and words that do not go together.
+    """
+    paths = checkpoints(request.checkpoints)
+    for path in paths:
+        if path.suffix.lower() in (".onnx", ".xml"):
+            raise ConfigError(f"{path} is an exported file already: give the checkpoint, such as {path.parent}/best.pt")
+    if request.precision == "int8" and request.format not in ("onnx", "openvino"):
+        raise ConfigError(f"--precision int8 is for onnx and openvino, not for {request.format}")
+    if len(paths) > 1 and request.format == "safetensors":
+        raise ConfigError("--format safetensors holds the weights of one network: give one checkpoint")
+    overrides = {} if request.data_dir is None else {"data.data_dir": str(request.data_dir), "data.splits_dir": None}
+    members = [open_checkpoint(path, "cpu", request.plugins, overrides, "float32", False) for path in paths]
+    require_same_classes(members)
+    for other in members[1:]:
+        if other.intake != members[0].intake:
+            raise ConfigError(
+                f"{members[0].path} and {other.path} take different images (channels, resize or normalize), which one "
+                "graph cannot give them: export each, and give ml-inference the files with --ensemble"
+            )
+    return [member for member in weighted(members, request.weights) if isinstance(member, TorchMember)]
+
+
+def _target(request: Request, members: Sequence[Member]) -> Path:
+    """Where the file goes: as asked, else beside the first checkpoint, whose name it has."""
+    suffix = SUFFIXES[request.format]
+    if request.output is not None:
+        if request.output.is_dir():
+            raise ConfigError(
+                f"--output {request.output} is a folder: give the name of a file in it, ending in {suffix}"
+            )
+        if request.output.suffix != suffix:
+            raise ConfigError(f"--output {request.output}: a file of --format {request.format} ends in {suffix}")
+        return request.output
+    stem = members[0].path.stem if len(members) == 1 else "ensemble"
+    precision = "" if request.precision == "fp32" else f".{request.precision}"
+    return members[0].path.with_name(f"{stem}{precision}{suffix}")
+
+
+def _metadata(request: Request, members: Sequence[TorchMember]) -> Metadata:
+    config, intake = members[0].config, members[0].intake
+    chains = [member.config.inference.postprocess if member.chain is None else member.chain for member in members]
+    if any(chain != chains[0] for chain in chains):
+        raise ConfigError("the checkpoints have different chains of post-processing: tune them together with --cv")
+    facts = collected(home_of(members), [member.path for member in members], [member.weight for member in members])
+    for problem in facts.problems:
+        log.warning("%s", problem)
+    return Metadata(
+        class_names=config.class_names,
+        colours=palette(config.data.num_classes).tolist(),
+        channels=intake.channels,
+        input_type=request.input_type or _type_of_images(members[0]),
+        layout=request.layout,
+        mean=list(intake.mean),
+        std=list(intake.std),
+        resize=None if intake.size is None else list(intake.size),
+        training_size=None if config.train_image_size is None else list(config.train_image_size),
+        ignore_index=config.ignore_index,
+        postprocess=steps_to_yaml(chains[0]),
+        mirror=config.data.mirror,
+        metrics=facts.metrics,
+        privacy=facts.privacy,
+        versions=_versions(),
+        checkpoints=[
+            {"name": str(member.path), "sha256": _sha256(member.path), "weight": member.weight} for member in members
+        ],
+        encoder_licence=None,
+        precision=request.precision,
+        config=plain(config),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name.replace("-", "_")] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _type_of_images(member: Member) -> InputType:
+    """The number type of the images; float32, as shares of white, where they differ or have other numbers."""
+    try:
+        paths = [pair.image for split in ("train", "val") for pair in member.data.pairs(split)]
+        found = {image_info(path).dtype for path in paths}
+    except (ConfigError, DataError):
+        log.info(
+            "The images of %s are not here: the file will take 8-bit images (--input_type says otherwise)", member.path
+        )
+        return "uint8"
+    if found == {"uint8"}:
+        return "uint8"
+    return "uint16" if found == {"uint16"} else "float32"
+
+
+def _validation_pairs(member: Member) -> list[Pair]:
+    """The validation images, none where they are not here."""
+    try:
+        return list(member.data.pairs("val"))
+    except (ConfigError, DataError) as error:
+        log.info("No validation images: %s", error)
+        return []
+
+
+def _entries(request: Request, members: Sequence[TorchMember], exported: Member, metadata: Metadata) -> list[Entry]:
+    """PyTorch, the file, and OpenVINO with the same graph where it is installed."""
+    draft = exported.path
+    entries = torch_entries([member.path for member in members], members, request.plugins)
+    name = exported.exported.engine if isinstance(exported, ExportedMember) else request.format
+    opens = request.format in ("onnx", "openvino")
+    entries.append(exported_entry(f"{name}, {request.precision}", exported, draft if opens else None))
+    if request.format == "onnx" and find_spec("openvino") is not None:
+        beside = draft.with_name("beside.xml")
+        export_openvino(draft, beside, metadata.to_strings(), request.precision)
+        other = open_written(beside, "openvino", members, metadata, request.input_size)
+        assert isinstance(other, ExportedMember)
+        entries.append(exported_entry(f"{other.exported.engine}, {request.precision}", other, beside))
+    return entries
+
+
+def _validated(members: Sequence[TorchMember], exported: Member, metadata: Metadata, pairs: Sequence[Pair]) -> Parity:
+    config = members[0].config
+    parity = Parity(
+        config.class_names, config.ignore_index, "PyTorch float32", f"the exported file ({metadata.precision})"
+    )
+    if not pairs:
+        log.info("Validating on noise, for there are no validation images: give --data_dir where they have moved")
+        compare_on_random(parity, members, exported, metadata.input_type)
+        return parity
+    with progress_bar("validating", len(pairs), least=1) as advance:
+        compare_on(parity, members, exported, pairs, Options(batch_size=1), advance)
+    return parity
+
+
+@contextmanager
+def _workshop(target: Path) -> Iterator[Path]:
+    """A folder beside the target, on the same disk, which does not outlive the block. Killed ones are removed."""
+    prefix = f".{target.name}."
+    for left in target.parent.glob(f"{prefix}*/"):
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as name:
+        yield Path(name)
+
+
+def _settled(draft: Path, path: Path) -> list[Path]:
+    """Give the files of a draft, one or more of one stem, their names."""
+    files = []
+    for part in sorted(draft.parent.glob(f"{draft.stem}.*")):
+        files.append(path.with_suffix(part.suffix))
+        part.replace(files[-1])
+    return files
