@@ -1,8 +1,8 @@
-"""An exported network beside PyTorch: images a second of the network alone, labels and probabilities included, in turn.
+"""An exported network beside PyTorch: images a second of the network alone, in turn.
 
-simple_unet, trained for a moment, and 512 px images of noise, batch 1, from uint8 to labels: speed does not depend on what
-a network has learned. Goals: ONNX Runtime fp32 at least 1.25 times PyTorch float32; int8 at least 3 times that, and 1.3
-times bfloat16. Cold starts: whole processes that predict one image.
+simple_unet, trained for a moment, and 512 px images of noise, batch 1, from uint8 to labels: speed does not depend on
+what a network has learned. Goals: ONNX Runtime fp32 at least 1.25 times PyTorch float32; int8 at least 3 times that,
+and 1.3 times bfloat16. Cold starts: whole processes that predict one image.
 """
 
 import argparse

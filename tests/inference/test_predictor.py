@@ -261,3 +261,20 @@ def test_half_precision_is_used_only_where_training_used_it() -> None:
     assert member_of(Blurred()).amp_dtype is None
     dtype = member_of(Blurred(), **mixed).amp_dtype
     assert dtype is (torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None)
+
+
+class OnlyMultiples(Blurred):
+    """Fails unless both sides are multiples of 32, as encoders that halve do."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if any(side % 32 for side in images.shape[-2:]):
+            raise RuntimeError(f"{tuple(images.shape)} does not fit together")
+        return super().forward(images)
+
+
+def test_a_network_that_takes_multiples_only_is_given_them(grays: list[Path]) -> None:
+    found = labels_of(grays, [member_of(OnlyMultiples())])
+    expected = labels_of(grays, [member_of(Blurred())])
+    for one, other in zip(found, expected, strict=True):
+        inner = (slice(0, one.shape[0] - 5), slice(0, one.shape[1] - 5))  # what is repeated at the edges is seen there
+        assert np.array_equal(one[inner], other[inner])

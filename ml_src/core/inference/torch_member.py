@@ -17,8 +17,11 @@ from torch.autograd.profiler import profile
 from ml_src.core.checkpoint import load_checkpoint, load_weights
 from ml_src.core.config_file import parse_config
 from ml_src.core.device import choose_device
+from ml_src.core.errors import ConfigError
+from ml_src.core.export.graph import Padding, find_padding
 from ml_src.core.inference.members import Member
 from ml_src.core.network import build_model
+from ml_src.core.network.custom import pad_edges
 from ml_src.core.plugins import check_plugins, import_plugins
 from ml_src.core.tasks.segmentation import Segmentation
 
@@ -48,6 +51,16 @@ class TorchMember(Member):
             return torch.bfloat16 if fast_bfloat16() else None
         return torch.bfloat16 if self.device.type != "cuda" else getattr(torch, self.config.training.amp_dtype)
 
+    @cached_property
+    def padding(self) -> Padding:
+        """What images are enlarged to, where the network takes multiples only and does not pad by itself."""
+        if hasattr(self.network, "size_multiple"):
+            return Padding(1, 1)
+        try:
+            return find_padding(self.network, self.config.model.in_channels, self.config.data.num_classes)
+        except ConfigError:  # images of one size, which may be that of these
+            return Padding(1, 1)
+
     @torch.inference_mode()
     def probabilities(self, pixels: NDArray[Any]) -> NDArray[np.float32]:
         images = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
@@ -58,8 +71,9 @@ class TorchMember(Member):
         context: AbstractContextManager[Any] = nullcontext()
         if self.amp_dtype is not None:
             context = torch.autocast(self.device.type, dtype=self.amp_dtype)
+        height, width = images.shape[-2:]
         with context:
-            logits = self.network(images)
+            logits = self.network(pad_edges(images, *self.padding))[..., :height, :width]
         return logits.float().softmax(dim=1)  # type: ignore[no-any-return]
 
     def peak(self, work: Callable[[], object]) -> int:

@@ -14,7 +14,7 @@ from ml_src.core.checkpoint import CONTENTS, save_checkpoint
 from ml_src.core.config_file import plain
 from ml_src.core.network.custom import SimpleUNet
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = [(40, 52), (33, 90), (65, 31)]
 
 
