@@ -29,11 +29,12 @@ def _parser() -> Parser:
     out = parser.add_argument_group("what is written")
     out.add_argument("--output", type=Path, metavar="FILE", help="default: best.onnx beside the checkpoint")
     out.add_argument("--format", choices=("onnx", "openvino", "torchscript", "safetensors"), default="onnx")
-    out.add_argument("--opset", type=int, default=20, metavar="N", help="of ONNX, 18 or more (default 20)")
+    out.add_argument("--opset", type=int, metavar="N", help="of ONNX, 18 or more (default 20)")
     out.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32",
                      help="of the weights; int8 needs validation images")  # fmt: skip
     graph = parser.add_argument_group("what the graph takes")
-    graph.add_argument("--layout", choices=("NHWC", "NCHW"), type=str.upper, default="NHWC", help="order of the axes")
+    graph.add_argument("--layout", choices=("NHWC", "NCHW"), type=str.upper,
+                       help="order of the axes; default NHWC")  # fmt: skip
     graph.add_argument("--input_type", choices=("uint8", "uint16", "float32"),
                        help="default: the number type of the data set's images")  # fmt: skip
     graph.add_argument("--input_size", type=_size, metavar="H,W", help="one size only; default: any height and width")

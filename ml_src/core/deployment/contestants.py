@@ -30,7 +30,7 @@ from ml_src.core.errors import MLError
 from ml_src.core.export.metadata import Metadata
 from ml_src.core.export.runtime import usable_threads
 from ml_src.core.inference.inputs import Input
-from ml_src.core.inference.members import Member
+from ml_src.core.inference.members import Intake, Member
 from ml_src.core.inference.planes import Plane
 from ml_src.core.inference.postprocess import apply_postprocessing
 from ml_src.core.inference.predictor import Engine, Options, most_probable
@@ -39,7 +39,6 @@ from ml_src.core.inference.tiling import enlarged
 from ml_src.core.inference.torch_member import TorchMember, open_checkpoint
 from ml_src.core.postprocess_specs import steps_from_yaml
 from ml_src.core.progress import progress_bar
-from ml_src.core.transforms.source import Size, Window
 
 log = logging.getLogger("ml_src")
 
@@ -70,7 +69,10 @@ def benchmark_members(entries: Sequence[Entry], metadata: Metadata, pairs: Seque
     `folder` may be written to.
     """
     paths = [pair.image for pair in pairs[:NUM_IMAGES]] or [_noise_file(folder, entries[0].members[0], metadata)]
-    contestants = [Contestant(one.name, _stages(one.members, metadata), one.threads) for one in entries]
+    intake = next(
+        (one.members[0].intake for one in entries if one.members[0].intake.fixed), entries[0].members[0].intake
+    )
+    contestants = [Contestant(one.name, _stages(one.members, metadata, intake), one.threads) for one in entries]
     seconds = _seconds_of_a_round(contestants, paths)
     num_rounds = int(np.clip(SECONDS / max(seconds, 1e-9), LEAST_ROUNDS, MOST_ROUNDS))
     with progress_bar("benchmarking", (num_rounds + 1) * len(contestants), least=1) as advance:
@@ -78,7 +80,7 @@ def benchmark_members(entries: Sequence[Entry], metadata: Metadata, pairs: Seque
     for number, (entry, timing) in enumerate(zip(entries, timings, strict=True)):
         _start_afresh(entry, timing, paths[0], folder / f"fresh_{number}")
     scene = _opened(entries[0].members[0], paths[0]).scene
-    window = _tile(entries[0].members, scene.canvas)
+    window = Engine(entries[0].members, Options(), intake).grid(scene.canvas).window(0, 0)
     conditions = Conditions(
         image_size=(window.height, window.width),
         channels=metadata.channels,
@@ -96,7 +98,10 @@ def _seconds_of_a_round(contestants: Sequence[Contestant], paths: Sequence[Path]
 
 def torch_entries(paths: Sequence[Path], members: Sequence[TorchMember], plugins: Sequence[str]) -> list[Entry]:
     """PyTorch in float32 and, where it is something else, as ml-inference would compute."""
-    words = ["--ensemble", *map(str, paths)] if len(paths) > 1 else ["--checkpoint_path", str(paths[0])]
+    words = ["--checkpoint_path", str(paths[0])]
+    if len(paths) > 1:
+        weights = [str(member.weight) for member in members]
+        words = ["--ensemble", *map(str, paths), "--ensemble_aggregation", "weighted", "--ensemble_weights", *weights]
     words += ["--plugin", *plugins] if plugins else []
     threads = torch.get_num_threads()
     entries = [Entry("PyTorch float32", members, threads, [*words, "--precision", "float32"])]
@@ -113,13 +118,14 @@ def exported_entry(name: str, member: Member, path: Path | None) -> Entry:
     return Entry(name, [member], usable_threads(), command)
 
 
-def _stages(members: Sequence[Member], metadata: Metadata) -> Mapping[str, Callable[[Any], Any]]:
-    engine = Engine(members, Options(batch_size=1))
+def _stages(members: Sequence[Member], metadata: Metadata, intake: Intake) -> Mapping[str, Callable[[Any], Any]]:
+    engine = Engine(members, Options(batch_size=1), intake)
     steps = steps_from_yaml(metadata.postprocess)
     num_classes = metadata.num_classes
 
     def prepare(decoded: Decoded) -> Decoded:
-        return Decoded(decoded.scene, decoded.scene.tile(_tile(members, decoded.scene.canvas))[None])
+        window = engine.grid(decoded.scene.canvas).window(0, 0)
+        return Decoded(decoded.scene, decoded.scene.tile(window)[None])
 
     def network(prepared: Decoded) -> Decoded:
         return Decoded(prepared.scene, engine.values(prepared.values)[0])
@@ -149,10 +155,6 @@ def _opened(member: Member, path: Path) -> Decoded:
     scene = Scene(Input(PurePosixPath(path.stem), path), member)
     scene.decode()
     return Decoded(scene, np.empty(0))
-
-
-def _tile(members: Sequence[Member], canvas: Size) -> Window:
-    return Engine(members, Options()).grid(canvas).window(0, 0)
 
 
 def _noise_file(folder: Path, member: Member, metadata: Metadata) -> Path:

@@ -18,7 +18,7 @@ from ml_src.core.deployment.parity import Output, Parity
 from ml_src.core.inference.inputs import Input
 from ml_src.core.inference.members import Member
 from ml_src.core.inference.predictor import Engine, Options, most_probable
-from ml_src.core.metrics.segmentation import ConfusionMatrix, summarize
+from ml_src.core.metrics.segmentation import ConfusionMatrix, iou, mean_over_present
 from ml_src.core.transforms.intensity import full_range
 from ml_src.core.transforms.source import Window
 
@@ -112,7 +112,10 @@ def noise(rng: np.random.Generator, shape: tuple[int, int, int], dtype: str) -> 
 
 
 def mean_iou(member: Member, pairs: Sequence[Pair], options: Options, advance: Advance = lambda done: None) -> float:
-    """Return the mean IoU of a member over images and their masks; NaN where no pixel is labelled."""
+    """Return the mean IoU of a member over the classes that the masks have; NaN where no pixel is labelled.
+
+    Not over those that are predicted too, as scores are: a stray pixel of another class would weigh as much as a class.
+    """
     config = member.config
     confusion = ConfusionMatrix(config.data.num_classes, config.ignore_index)
     for rows in predicted_rows([[member]], pairs, options, advance):
@@ -120,4 +123,6 @@ def mean_iou(member: Member, pairs: Sequence[Pair], options: Options, advance: A
         if rows.nodata is not None:
             labels, mask = labels[~rows.nodata], mask[~rows.nodata]
         confusion.update(labels, mask)
-    return summarize(confusion.matrix, config.ignore_index)["iou"]
+    matrix = confusion.matrix
+    scores = iou(matrix, config.ignore_index)
+    return mean_over_present(np.where(matrix.sum(axis=1) > 0, scores, np.nan))

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from ml_src.core.checkpoint import load_weights
 from ml_src.core.data.files import Pair
 from ml_src.core.deployment.int8 import quantised
-from ml_src.core.errors import ConfigError
 from ml_src.core.export.graph import Exportable
 from ml_src.core.export.metadata import Metadata
 from ml_src.core.export.onnx import export_onnx
@@ -75,8 +74,6 @@ def write(
     exportable = exportable_of(members, metadata, size)
     strings = metadata.to_strings()
     if format == "torchscript":
-        if metadata.precision == "fp16":
-            raise ConfigError("--format torchscript is written in fp32: leave out --precision, or take onnx")
         export_torchscript(exportable, path, strings)
         return []
     if format == "safetensors":

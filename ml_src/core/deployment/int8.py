@@ -13,6 +13,7 @@ from ml_src.core.deployment.calibration import choose_images
 from ml_src.core.deployment.evaluation import mean_iou
 from ml_src.core.errors import ConfigError
 from ml_src.core.export.quantize import QuantizeReport, quantize_onnx
+from ml_src.core.export.runtime import open_exported
 from ml_src.core.inference.inputs import Input
 from ml_src.core.inference.members import Member, open_member
 from ml_src.core.inference.predictor import Engine, Options
@@ -43,7 +44,7 @@ def quantised(source: Path, target: Path, members: Sequence[Member], pairs: Sequ
         report = quantize_onnx(
             source,
             target,
-            _tiles(members, chosen),
+            _tiles(members, chosen, source),
             lambda path: mean_iou(open_member(path), judged, OPTIONS),
             reference,
             advance=lambda share: advance(100 * share),
@@ -63,14 +64,15 @@ def _class_counts(member: Member, pairs: Sequence[Pair]) -> NDArray[np.int64]:
     return np.stack(rows)
 
 
-def _tiles(members: Sequence[Member], pairs: Sequence[Pair]) -> Iterator[NDArray[Any]]:
-    """Some tiles of each image, (1, h, w, channels), as the network sees them, spread evenly."""
+def _tiles(members: Sequence[Member], pairs: Sequence[Pair], source: Path) -> Iterator[NDArray[Any]]:
+    """Some tiles of each image, (1, h, w, channels), of the number type of the file, spread evenly."""
+    file = open_exported(source, "cpu")
     engine = Engine(members, OPTIONS)
     for pair in pairs:
         scene = Scene(Input(PurePosixPath(pair.image.stem), pair.image), members[0])
         grid = engine.grid(scene.canvas)
         for number in np.unique(np.linspace(0, len(grid) - 1, MOST_TILES).astype(int)).tolist():
-            yield scene.tile(grid.window(*divmod(number, len(grid.columns.parts))))[None]
+            yield file.typed(scene.tile(grid.window(*divmod(number, len(grid.columns.parts))))[None])
 
 
 def in_words(report: QuantizeReport, num_calibrating: int, num_measured: int) -> str:

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_src.core.allocator import keep_freed_memory
-from ml_src.core.atomic import write_json, write_text
+from ml_src.core.atomic import only_writer, write_json, write_text
 from ml_src.core.config_file import plain
 from ml_src.core.data.files import Pair, image_info
 from ml_src.core.deployment.card import model_card
@@ -26,9 +26,10 @@ from ml_src.core.deployment.evaluation import compare_on, compare_on_random
 from ml_src.core.deployment.facts import collected
 from ml_src.core.deployment.formats import SUFFIXES, Format, open_written, write
 from ml_src.core.deployment.parity import Parity
-from ml_src.core.errors import ConfigError, DataError
+from ml_src.core.errors import ConfigError
 from ml_src.core.export.metadata import InputType, Layout, Metadata, Precision
 from ml_src.core.export.openvino import export_openvino
+from ml_src.core.export.openvino_file import weights_of
 from ml_src.core.inference.exported_member import ExportedMember
 from ml_src.core.inference.jobs import home_of
 from ml_src.core.inference.members import Member, checkpoints, require_same_classes, weighted
@@ -40,6 +41,7 @@ from ml_src.core.progress import progress_bar
 
 VERSIONS = ("ml-src", "torch", "onnx", "onnxscript", "onnxruntime", "openvino", "safetensors")
 CARD = "MODEL_CARD.md"
+OPSET = 20
 
 log = logging.getLogger("ml_src")
 
@@ -51,9 +53,9 @@ class Request:
     checkpoints: Sequence[Path]
     output: Path | None = None
     format: Format = "onnx"
-    opset: int = 20
+    opset: int | None = None  # None: 20
     precision: Precision = "fp32"
-    layout: Layout = "NHWC"
+    layout: Layout | None = None  # None: NHWC
     input_type: InputType | None = None  # None: that of the images
     input_size: tuple[int, int] | None = None
     weights: Sequence[float] | None = None
@@ -78,37 +80,65 @@ def export(request: Request) -> Written:
     Raises: MLError for all that the user can mend.
     """
     keep_freed_memory()
+    _require_possible(request)
     members = _opened(request)
     target = _target(request, members)
+    pairs = _pairs(request, members) if request.validate or request.benchmark or request.precision == "int8" else _NONE
     metadata = _metadata(request, members)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    reports: dict[str, Any] = {}
+    passed = True
     with _workshop(target) as folder:
         draft = folder / target.name
-        pairs = _validation_pairs(members[0])
-        blocks = write(draft, request.format, members, metadata, request.opset, request.input_size, pairs)
-        reports: dict[str, Any] = {}
-        passed = True
+        opset, size = request.opset or OPSET, request.input_size
+        blocks = write(draft, request.format, members, metadata, opset, size, pairs.calibrating)
         if request.validate or request.benchmark:
-            exported = open_written(draft, request.format, members, metadata, request.input_size)
+            exported = open_written(draft, request.format, members, metadata, size)
         if request.validate:
-            parity = _validated(members, exported, metadata, pairs)
+            parity = _validated(members, exported, metadata, pairs.compared)
             reports["validation"] = parity.to_json(metadata.precision)
             passed = parity.verdict(metadata.precision).passed
             blocks.append(parity.block(metadata.precision))
         if request.benchmark and passed:
-            timed = benchmark_members(_entries(request, members, exported, metadata), metadata, pairs, folder)
+            scratch = folder / "timing"
+            scratch.mkdir()
+            entries = _entries(request, members, exported, metadata, scratch)
+            timed = benchmark_members(entries, metadata, pairs.compared, scratch)
             reports["benchmark"] = timed.to_json()
             blocks.append(timed.block())
         path = target if passed else target.with_name(f"{target.stem}.failed{target.suffix}")
         files = _settled(draft, path)
-    for kind, contents in reports.items():
-        files.append(path.with_suffix(f".{kind}.json"))
-        write_json(files[-1], contents)
-    files.append(path.with_name(CARD))
-    write_text(
-        files[-1], model_card(metadata, reports.get("validation"), reports.get("benchmark"), path, request.input_size)
-    )
+    files += _write_reports(path, reports)
+    if passed:
+        files.append(path.with_name(CARD))
+        write_text(files[-1], model_card(metadata, reports.get("validation"), reports.get("benchmark"), path, size))
     return Written(blocks, path, files, passed)
+
+
+def _write_reports(path: Path, reports: Mapping[str, Any]) -> list[Path]:
+    """Write what was found out about a file beside it, and remove what was found out about one before it."""
+    about = {"file": path.name, "sha256": _sha256(path)}
+    written = []
+    for kind in ("validation", "benchmark"):
+        beside = path.with_suffix(f".{kind}.json")
+        beside.unlink(missing_ok=True)
+        if kind in reports:
+            write_json(beside, {**about, **reports[kind]})
+            written.append(beside)
+    return written
+
+
+def _require_possible(request: Request) -> None:
+    """Raise ConfigError for words that would be passed over."""
+    if request.precision == "int8" and request.format not in ("onnx", "openvino"):
+        raise ConfigError(f"--precision int8 is for onnx and openvino, not for {request.format}")
+    if request.precision == "int8" and request.input_size is not None:
+        raise ConfigError("--precision int8 is for images of any size: leave out --input_size, or take fp16")
+    if request.precision == "fp16" and request.format == "torchscript":
+        raise ConfigError("--format torchscript is written in fp32: leave out --precision, or take onnx")
+    unused = {"torchscript": ("opset",), "safetensors": ("opset", "layout", "input_type", "input_size")}
+    for name in unused.get(request.format, ()):
+        if getattr(request, name) is not None:
+            raise ConfigError(f"--format {request.format} has no {name}: leave out --{name}")
 
 
 def _opened(request: Request) -> list[TorchMember]:
@@ -120,8 +150,6 @@ def _opened(request: Request) -> list[TorchMember]:
     for path in paths:
         if path.suffix.lower() in (".onnx", ".xml"):
             raise ConfigError(f"{path} is an exported file already: give the checkpoint, such as {path.parent}/best.pt")
-    if request.precision == "int8" and request.format not in ("onnx", "openvino"):
-        raise ConfigError(f"--precision int8 is for onnx and openvino, not for {request.format}")
     if len(paths) > 1 and request.format == "safetensors":
         raise ConfigError("--format safetensors holds the weights of one network: give one checkpoint")
     overrides = {} if request.data_dir is None else {"data.data_dir": str(request.data_dir), "data.splits_dir": None}
@@ -164,8 +192,8 @@ def _metadata(request: Request, members: Sequence[TorchMember]) -> Metadata:
         class_names=config.class_names,
         colours=palette(config.data.num_classes).tolist(),
         channels=intake.channels,
-        input_type=request.input_type or _type_of_images(members[0]),
-        layout=request.layout,
+        input_type=request.input_type or _type_of_images(request, members[0]),
+        layout=request.layout or "NHWC",
         mean=list(intake.mean),
         std=list(intake.std),
         resize=None if intake.size is None else list(intake.size),
@@ -177,7 +205,13 @@ def _metadata(request: Request, members: Sequence[TorchMember]) -> Metadata:
         privacy=facts.privacy,
         versions=_versions(),
         checkpoints=[
-            {"name": str(member.path), "sha256": _sha256(member.path), "weight": member.weight} for member in members
+            {
+                "name": str(member.path),
+                "sha256": _sha256(member.path),
+                "weight": member.weight,
+                "fold": member.config.data.fold,
+            }
+            for member in members
         ],
         encoder_licence=None,
         precision=request.precision,
@@ -200,31 +234,52 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _type_of_images(member: Member) -> InputType:
+def _has_data(request: Request, member: Member) -> bool:
+    """Whether the data set is here; to say with --data_dir where it is, and to be wrong, is an error."""
+    if request.data_dir is not None:
+        member.require_data()
+    return Path(member.config.data.data_dir).is_dir()
+
+
+def _type_of_images(request: Request, member: Member) -> InputType:
     """The number type of the images; float32, as shares of white, where they differ or have other numbers."""
-    try:
-        paths = [pair.image for split in ("train", "val") for pair in member.data.pairs(split)]
-        found = {image_info(path).dtype for path in paths}
-    except (ConfigError, DataError):
-        log.info(
-            "The images of %s are not here: the file will take 8-bit images (--input_type says otherwise)", member.path
-        )
+    if not _has_data(request, member):
+        log.info("%s is not here: the file will take 8-bit images (--input_type)", member.config.data.data_dir)
         return "uint8"
+    paths = [pair.image for split in ("train", "val") for pair in member.data.pairs(split)]
+    found = {image_info(path).dtype for path in paths}
     if found == {"uint8"}:
         return "uint8"
     return "uint16" if found == {"uint16"} else "float32"
 
 
-def _validation_pairs(member: Member) -> list[Pair]:
-    """The validation images, none where they are not here."""
-    try:
-        return list(member.data.pairs("val"))
-    except (ConfigError, DataError) as error:
-        log.info("No validation images: %s", error)
-        return []
+class _Pairs(NamedTuple):
+    """Images and masks: which int8 is calibrated on, and on which the file is compared and timed."""
+
+    calibrating: Sequence[Pair]
+    compared: Sequence[Pair]
 
 
-def _entries(request: Request, members: Sequence[TorchMember], exported: Member, metadata: Metadata) -> list[Entry]:
+_NONE = _Pairs([], [])
+
+
+def _pairs(request: Request, members: Sequence[Member]) -> _Pairs:
+    """The validation images; an ensemble of several folds is compared on the test images, which none has seen."""
+    first = members[0]
+    if not _has_data(request, first):
+        return _NONE
+    validation = list(first.data.pairs("val"))
+    if len({member.config.data.fold for member in members}) == 1:
+        return _Pairs(validation, validation)
+    test = list(first.data.pairs("test"))
+    if not test:
+        log.warning("There are no test images, so the ensemble is compared on images that some members have seen")
+    return _Pairs(validation, test or validation)
+
+
+def _entries(
+    request: Request, members: Sequence[TorchMember], exported: Member, metadata: Metadata, folder: Path
+) -> list[Entry]:
     """PyTorch, the file, and OpenVINO with the same graph where it is installed."""
     draft = exported.path
     entries = torch_entries([member.path for member in members], members, request.plugins)
@@ -232,7 +287,7 @@ def _entries(request: Request, members: Sequence[TorchMember], exported: Member,
     opens = request.format in ("onnx", "openvino")
     entries.append(exported_entry(f"{name}, {request.precision}", exported, draft if opens else None))
     if request.format == "onnx" and find_spec("openvino") is not None:
-        beside = draft.with_name("beside.xml")
+        beside = folder / "beside.xml"
         export_openvino(draft, beside, metadata.to_strings(), request.precision)
         other = open_written(beside, "openvino", members, metadata, request.input_size)
         assert isinstance(other, ExportedMember)
@@ -256,18 +311,26 @@ def _validated(members: Sequence[TorchMember], exported: Member, metadata: Metad
 
 @contextmanager
 def _workshop(target: Path) -> Iterator[Path]:
-    """A folder beside the target, on the same disk, which does not outlive the block. Killed ones are removed."""
-    prefix = f".{target.name}."
-    for left in target.parent.glob(f"{prefix}*/"):
-        shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as name:
-        yield Path(name)
+    """A folder beside the target, on the same disk, which does not outlive the block.
+
+    Raises: ConfigError where another process writes the same file.
+    """
+    folder = target.with_name(f".{target.name}.export")
+    with only_writer(folder):
+        for left in folder.iterdir():  # of a process that was killed
+            if left.is_dir():
+                shutil.rmtree(left)
+        try:
+            with tempfile.TemporaryDirectory(dir=folder) as name:
+                yield Path(name)
+        finally:
+            shutil.rmtree(folder)
 
 
 def _settled(draft: Path, path: Path) -> list[Path]:
-    """Give the files of a draft, one or more of one stem, their names."""
+    """Give the file of a draft, and what belongs to it, its name."""
     files = []
-    for part in sorted(draft.parent.glob(f"{draft.stem}.*")):
+    for part in [weights_of(draft), draft] if draft.suffix == ".xml" else [draft]:
         files.append(path.with_suffix(part.suffix))
         part.replace(files[-1])
     return files

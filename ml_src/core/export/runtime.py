@@ -17,7 +17,8 @@ from ml_src.core.export.onnx_file import check_onnx
 from ml_src.core.export.openvino_file import check_openvino, import_openvino, weights_of
 
 Images = NDArray[Any]  # uint8, uint16 or float32
-FULL_RANGE = {"uint8": 255, "uint16": 65535}
+FULL_RANGE = {"uint8": 255, "uint16": 65535}  # of all others it is 1
+CONVERTIBLE = ("uint8", "uint16", "int16")  # to float32
 CUDA = "CUDAExecutionProvider"
 OUT_OF_MEMORY = ("failed to allocate", "bad_alloc", "bad allocation", "out of memory", "can not allocate")
 
@@ -59,9 +60,9 @@ class Exported:
     def probabilities(self, images: Images) -> NDArray[np.float32]:
         """Return the probability of each class at each pixel, (N, classes, H, W), for images (N, H, W, C).
 
-        Images have the file's number type; a float32 file takes uint8 and uint16 too, as shares of their full range.
-        Where the file has fixed a size, smaller images are enlarged to it by repeating their last row and column, and
-        the result is cropped.
+        Images have the file's number type; a float32 file takes uint8 and uint16 too, as shares of their full range,
+        and int16 as it is. Where the file has fixed a size, smaller images are enlarged to it by repeating their last
+        row and column, and the result is cropped.
 
         Raises: DataError for another number of channels or number type, or larger images than a fixed size;
             CheckpointError where the engine fails; MemoryError where it has not enough memory.
@@ -95,21 +96,32 @@ class Exported:
                 "export the checkpoint again with ml-export --validate"
             ) from error
 
+    def require_type(self, dtype: np.dtype[Any], name: Path | str) -> None:
+        """Raise DataError where the file does not take images of a number type."""
+        wanted = self.metadata.input_type
+        if dtype != wanted and not (wanted == "float32" and dtype.name in CONVERTIBLE):
+            raise DataError(
+                f"{name} is {dtype}, but {self.path} takes images of {wanted}: give images like those that it was "
+                "trained on, or export the checkpoint with --input_type float32, which takes all"
+            )
+
+    def typed(self, images: NDArray[Any]) -> Images:
+        """Return images in the number type of the file."""
+        if images.dtype == self.metadata.input_type:
+            return images
+        return np.asarray(images.astype(np.float32) / np.float32(FULL_RANGE.get(images.dtype.name, 1)))
+
     def _checked(self, images: Images) -> Images:
         """Return images that fit the file."""
         if images.ndim != 4 or 0 in images.shape[:3]:
             raise ValueError(f"images have the shape {images.shape}, not (N, H, W, C) with N, H, W of 1 or more")
-        wanted, channels, size = self.metadata.input_type, self.metadata.channels, self.input_size
+        channels, size = self.metadata.channels, self.input_size
         if images.shape[3] != channels:
             raise DataError(
                 f"{self.path} takes images of {channels} channels, but these have {images.shape[3]}: "
                 "give images like those that it was trained on"
             )
-        if images.dtype != wanted and not (wanted == "float32" and images.dtype.name in FULL_RANGE):
-            raise DataError(
-                f"{self.path} takes images of {wanted}, but these are {images.dtype}: "
-                "give images like those that it was trained on, or export the checkpoint for these with ml-export"
-            )
+        self.require_type(images.dtype, "the image")
         if size is not None and (images.shape[1] > size[0] or images.shape[2] > size[1]):
             raise DataError(
                 f"{self.path} takes images of at most {size[0]} x {size[1]} pixels, but these have {images.shape[1]} x "
@@ -119,8 +131,7 @@ class Exported:
 
     def _as_the_file_wants(self, images: Images) -> Images:
         """Return images in the number type, size and layout of the file."""
-        if images.dtype != self.metadata.input_type:
-            images = images.astype(np.float32) / np.float32(FULL_RANGE[images.dtype.name])
+        images = self.typed(images)
         if self.input_size is not None:
             bottom, right = self.input_size[0] - images.shape[1], self.input_size[1] - images.shape[2]
             images = np.pad(images, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")

@@ -12,7 +12,6 @@ from math import prod
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ml_src.core.data.files import ImageInfo, image_info
 from ml_src.core.errors import DataError
@@ -20,7 +19,7 @@ from ml_src.core.inference import planes
 from ml_src.core.inference.inputs import Input
 from ml_src.core.inference.measure import MOST_PIXELS
 from ml_src.core.inference.members import Member
-from ml_src.core.inference.memory import choose, measure, parse_size, resident
+from ml_src.core.inference.memory import Need, choose, measure, parse_size, resident
 from ml_src.core.inference.predictor import READERS, Engine, Options, engines_of
 from ml_src.core.inference.scene import KEPT_BYTES, MOST_BYTES
 from ml_src.core.inference.writers import MAX_SIDE
@@ -52,7 +51,9 @@ def within(limit: str, items: Sequence[Input], members: Sequence[Member], option
     if not infos:  # none can be read, which is said of each
         return options
     engines = engines_of(members, options)
-    needs = [measure(partial(_peak, engine)) for engine in engines]
+    need = _together(
+        [(member, measure(partial(_peak, engine, member))) for engine in engines for member in engine.members]
+    )
     around = max(_around(info, members, options, extras) for info in infos) + sum(
         max(_decoded(info, engine) for info in infos) for engine in engines
     )
@@ -62,8 +63,8 @@ def within(limit: str, items: Sequence[Input], members: Sequence[Member], option
 
     choice = choose(
         parse_size(limit),
-        resident() + max(need.fixed for need in needs),
-        max(need.per_pixel for need in needs),
+        resident() + need.fixed,
+        need.per_pixel,
         in_flight,
         options.tile or max(max(engine.intake.size or engine.intake.tile) for engine in engines),
         max(engine.batch_size for engine in engines),
@@ -78,15 +79,21 @@ def _infos(items: Sequence[Input]) -> Iterator[ImageInfo]:
             yield image_info(item.path)
 
 
-def _peak(engine: Engine, side: int) -> int:
-    """Bytes that a blank tile takes: what its members take, one after the other, and what merges them."""
-    blank = np.zeros((1, side, side, engine.intake.channels), np.uint8)
-    values = 4 * MERGED * side**2 * (engine.members[0].config.data.num_classes + engine.options.uncertainty)
-    return values + max(member.peak(partial(_predict, engine, member, blank)) for member in engine.members)
+def _together(needs: Sequence[tuple[Member, Need]]) -> Need:
+    """What members take one after the other: the most of any, and all of those whose engines keep it."""
+    kept = [need for member, need in needs if member.keeps_memory]
+    passing = [need for member, need in needs if not member.keeps_memory] or [Need(0, 0.0)]
+    return Need(
+        sum(need.fixed for need in kept) + max(need.fixed for need in passing),
+        sum(need.per_pixel for need in kept) + max(need.per_pixel for need in passing),
+    )
 
 
-def _predict(engine: Engine, member: Member, blank: NDArray[np.uint8]) -> None:
-    Engine([member], replace(engine.options, uncertainty=False)).values(blank)
+def _peak(engine: Engine, member: Member, side: int) -> int:
+    """Bytes that a blank tile takes: what a member takes, and what merges it with others."""
+    alone, blank = Engine([member], replace(engine.options, uncertainty=False)), member.blank(side)
+    values = 4 * MERGED * side**2 * (member.config.data.num_classes + engine.options.uncertainty)
+    return values + member.peak(partial(alone.values, blank))
 
 
 def _around(info: ImageInfo, members: Sequence[Member], options: Options, extras: Extras) -> int:

@@ -23,6 +23,7 @@ from ml_src.core.inference.jobs import (
     bounded,
     home_of,
     prepare,
+    require_one_fold,
     require_own,
     write_outputs,
 )
@@ -79,6 +80,7 @@ def open_folds(request: Request) -> list[Fold]:
     folds = [Fold(prepare(replace(request, checkpoints=[path]))) for path in paths]
     for fold in folds:
         fold.member.require_data()
+        require_one_fold(fold.member, "val")
         _require_same_data(folds[0].member, fold.member)
     require_same_classes([fold.member for fold in folds])
     _require_each_image_once(folds)

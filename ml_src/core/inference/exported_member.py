@@ -35,6 +35,14 @@ class ExportedMember(Member):
         size, usual = self.exported.input_size, super().intake
         return usual if size is None else usual._replace(tile=size, fixed=True)
 
+    @property
+    def folds(self) -> frozenset[int]:
+        return frozenset(int(one.get("fold", self.config.data.fold)) for one in self.exported.metadata.checkpoints)
+
+    @property
+    def keeps_memory(self) -> bool:
+        return True
+
     @cached_property
     def digest(self) -> str:
         return " ".join(digest_of(path) for path in self.exported.files)
@@ -42,6 +50,14 @@ class ExportedMember(Member):
     @property
     def chain(self) -> list[PostprocessStep]:
         return steps_from_yaml(self.exported.metadata.postprocess)
+
+    def require_type(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.exported.require_type(dtype, path)
+
+    def blank(self, side: int) -> NDArray[Any]:
+        height, width = (side, side) if self.exported.input_size is None else self.exported.input_size
+        shape = (1, min(side, height), min(side, width), self.intake.channels)
+        return np.zeros(shape, self.exported.metadata.input_type)
 
     def probabilities(self, pixels: NDArray[Any]) -> NDArray[np.float32]:
         return self.exported.probabilities(pixels)

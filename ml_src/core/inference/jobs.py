@@ -461,6 +461,8 @@ def _folder_name(words: Sequence[str]) -> str:
 
 def _require_unseen(members: Sequence[Member], split: str) -> None:
     """Refuse to measure an ensemble on images that are not the same part of the data to all of its members."""
+    for member in members:
+        require_one_fold(member, split)
     first = members[0].data.pairs(split)
     known = {pair.image.name for pair in first}
     for other in members[1:]:
@@ -469,6 +471,15 @@ def _require_unseen(members: Sequence[Member], split: str) -> None:
                 f"the {split} images of {members[0].path} and {other.path} are not the same: measure an ensemble of "
                 "folds on --split test, or each fold on its own images with --cv"
             )
+
+
+def require_one_fold(member: Member, split: str) -> None:
+    """Refuse to measure a file of several folds on images that some of them were trained on."""
+    if split != "test" and len(member.folds) > 1:
+        raise ConfigError(
+            f"{member.path} holds networks of {len(member.folds)} folds, some of which were trained on the {split} "
+            "images: measure it on --split test"
+        )
 
 
 def require_own(folder: Path, split: str | None) -> None:

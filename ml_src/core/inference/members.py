@@ -71,6 +71,16 @@ class Member(ABC):
         return digest_of(self.path)
 
     @property
+    def folds(self) -> frozenset[int]:
+        """The folds that it was trained on: several, where it is a file of several checkpoints."""
+        return frozenset({self.config.data.fold})
+
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether its engine keeps for itself what a prediction took, so that of several members it adds up."""
+        return False
+
+    @property
     def chain(self) -> list[PostprocessStep] | None:
         """The steps that were tuned for it; None where none were, and those of the configuration hold."""
         return load_chain(self.path)
@@ -86,6 +96,13 @@ class Member(ABC):
     @abstractmethod
     def precision(self) -> str:
         """What it computes in: float32, bfloat16, float16 or int8."""
+
+    def require_type(self, path: Path, dtype: np.dtype[Any]) -> None:  # noqa: B027 - checkpoints take all
+        """Raise DataError where it does not take images of a number type."""
+
+    def blank(self, side: int) -> NDArray[Any]:
+        """Return a blank tile (1, side, side, channels) of a number type that it takes; no larger than it takes."""
+        return np.zeros((1, side, side, self.intake.channels), np.uint8)
 
     @abstractmethod
     def probabilities(self, pixels: NDArray[Any]) -> NDArray[np.float32]:

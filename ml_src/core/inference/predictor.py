@@ -270,6 +270,8 @@ class Engine:
         for index, item in enumerate(items):
             try:
                 scene = Scene(item, self.members[0])
+                for member in self.members:
+                    member.require_type(item.path, scene.dtype)
             except DataError as error:
                 yield Work(index, problem=error)
                 continue

@@ -36,6 +36,7 @@ class Scene:
                 "as many"
             )
         self.size: Size = (info.height, info.width)
+        self.dtype = np.dtype(info.dtype)
         self.canvas: Size = member.intake.size or self.size
         self.windowed = info.windowed and self.canvas == self.size
         self.can_miss = can_miss(item.path, read_header(item.path))

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from ml_src.core.data.files import Pair
 from ml_src.core.data.segmentation import open_source
-from ml_src.core.errors import DataError
+from ml_src.core.errors import ConfigError, DataError
 from ml_src.core.inference.components import Ints, find_regions
 from ml_src.core.inference.cross_validation import Fold, for_each_fold, groups_of_folds, open_folds
 from ml_src.core.inference.inputs import Input
 from ml_src.core.inference.jobs import Request
 from ml_src.core.inference.measure import label_maps, true_bands
+from ml_src.core.inference.members import EXPORTED
 from ml_src.core.inference.planes import Plane
 from ml_src.core.inference.postprocess import apply_postprocessing, chain_path, save_chain
 from ml_src.core.inference.predictor import Failed, Predicted
@@ -113,6 +114,9 @@ def tune(request: Request) -> Tuned:
     there before, and of the configuration's, whose steps are candidates too.
     Raises: MLError for all that the user can mend; DataError for fewer than two images (groups, where there are any).
     """
+    for path in request.checkpoints:
+        if path.suffix.lower() in EXPORTED:
+            raise ConfigError(f"{path} keeps the steps that it was exported with: tune the checkpoint, then export it")
     folds = open_folds(replace(request, postprocess=["none"]))
     groups = groups_of_folds(folds)
     _require_two(folds, groups)
