@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from known_networks import Blurred, ByBrightness, drawn_data, member_of, write_gray
 from PIL import Image
 from torch import Tensor, nn
@@ -29,11 +30,14 @@ ONNX = BEST.with_suffix(".onnx")
 
 
 class OtherwiseIfWide(Blurred):
-    """Does another thing with wide images, which an exporter that follows one example does not see."""
+    """Tells whether it is being exported, and then goes wrong beyond column 200."""
 
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images)
-        return logits if images.shape[-1] < 300 else logits.flip(1)
+        if not torch.compiler.is_exporting():
+            return logits
+        beyond = torch.relu(torch.arange(logits.shape[-1], dtype=torch.float32) - 200)
+        return logits + beyond * torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1)
 
 
 @pytest.fixture(autouse=True)
