@@ -74,7 +74,8 @@ def _export(argv: Sequence[str]) -> int:
         print(f"\n{block}")
     print("\nWritten:", *written.files, sep="\n  ")
     if not written.passed:
-        print(f"\nNot to be used: {written.path.name} does not predict what the checkpoint does.")
+        print(f"\nNot to be used: {written.path.name} does not predict what the checkpoint does.", end="")
+        print(" Take fp32, or int8, which is judged by its scores." if args.precision == "fp16" else "")
         return 1
     if written.path.suffix in (".onnx", ".xml"):
         print(f"\nNext: ml-inference --checkpoint_path {written.path} --input FOLDER")

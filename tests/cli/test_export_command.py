@@ -161,7 +161,7 @@ def test_without_images_it_is_validated_on_noise(data: Path, capsys: pytest.Capt
     shutil.rmtree(data)
     assert run("--checkpoint", BEST, "--validate") == 0
     said = capsys.readouterr().out
-    assert "8 images" in said and "PASS" in said and "No pixel is labelled" in said
+    assert "8 pictures of smooth noise" in said and "PASS" in said and "No pixel is labelled" in said
 
 
 @pytest.mark.parametrize(("words", "expected"), [
@@ -362,3 +362,22 @@ def test_an_ensemble_of_files_takes_no_more_memory_than_max_ram(data: Path) -> N
     words = ["-m", "ml_src.cli.inference", "--ensemble", *files, "--input", "large.png", "--output", "out",
              "--tile", "1024", "--batch_size", "2", "--max_ram", "1G"]  # fmt: skip
     assert 300 << 20 < in_fresh_process(words).peak_bytes <= 1 << 30
+
+
+def test_a_card_is_not_replaced_by_that_of_another_file(data: Path) -> None:
+    save()
+    assert run("--checkpoint", BEST) == 0
+    first = ONNX.with_name("MODEL_CARD.md").read_text()
+    assert run("--checkpoint", BEST, "--format", "safetensors") == 0
+    assert ONNX.with_name("MODEL_CARD.md").read_text() == first and "best.onnx" in first
+    assert "best.safetensors" in ONNX.with_name("best.safetensors.MODEL_CARD.md").read_text()
+    assert run("--checkpoint", BEST, "--layout", "NCHW") == 0
+    assert ONNX.with_name("MODEL_CARD.md").read_text() != first
+
+
+def test_a_type_that_the_images_have_not_is_refused_before_the_work(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save()
+    said = refused(capsys, "--checkpoint", BEST, "--validate", "--input_type", "uint16")
+    assert "the validation images are uint8" in said

@@ -109,7 +109,9 @@ def test_images_that_do_not_fit_are_refused_in_one_sentence(tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"best\.onnx takes images of 2 channels, but these have 3: give"):
         exported.probabilities(random_images((1, 4, 4, 3)))
     for kind in ("uint16", "float32"):
-        with pytest.raises(DataError, match=f"takes images of uint8, but these are {kind}: .*ml-export"):
+        with pytest.raises(
+            DataError, match=f"the image is {kind}, but .* takes images of uint8: .*--input_type float32"
+        ):
             exported.labels(random_images((1, 4, 4, 2), kind))
     for shape in ((4, 4, 2), (0, 4, 4, 2), (1, 0, 4, 2), (1, 4, 0, 2)):
         with pytest.raises(ValueError, match=r"not \(N, H, W, C\)"):

@@ -739,8 +739,8 @@ def test_a_chain_is_for_the_checkpoints_that_it_was_chosen_for_and_no_others(
     assert load_chain(best) == load_chain(last) == steps and not caplog.messages
     assert load_chain(third) is None and not has_chain(third)
     assert caplog.messages == [
-        f"{tmp_path}/postprocess.yaml was tuned for another checkpoint than third.pt and is not used: tune again, or "
-        "give the steps with --postprocess"
+        f"{tmp_path}/postprocess.yaml was tuned for another checkpoint than third.pt and is not used: tune the "
+        "steps again"
     ]
     best.write_text("trained again")
     assert load_chain(best) is None and load_chain(last) == steps

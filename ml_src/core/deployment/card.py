@@ -57,6 +57,16 @@ def model_card(
     return card_of(metadata, validation, benchmark, kind, files, input_size)
 
 
+def is_card_of(path: Path, card: Path) -> bool:
+    """Whether a card is that of a file."""
+    with card.open(encoding="utf-8") as file:
+        return file.readline().rstrip("\n") == _title(path.name)
+
+
+def _title(name: str) -> str:
+    return f"# Model card: {_text(name)}"
+
+
 def card_of(
     metadata: Metadata,
     validation: Mapping[str, Any] | None,
@@ -91,7 +101,7 @@ def _head(
     number, members = metadata.num_classes, len(metadata.checkpoints)
     of = "" if members == 1 else f" It is the weighted mean of {members} networks."
     lines = [
-        f"# Model card: {_text(files[0].name)}",
+        _title(files[0].name),
         "",
         f"A network that gives each pixel of an image one of {number} classes (semantic segmentation), exported as "
         f"{kind} in {metadata.precision}.{of}",
@@ -371,7 +381,7 @@ def _validation(report: Mapping[str, Any] | None) -> list[str]:
     lines += [
         f"**{report['verdict']}**: {_text(report['reason'])}.",
         "",
-        f"{_text(names['exported'])} beside {_text(names['reference'])}, on {report['num_images']} images, "
+        f"{_text(names['exported'])} beside {_text(names['reference'])}, on {report['num_images']} {_text(report['images'])}, "
         f"{report['num_pixels']} pixels, of which {report['num_labelled_pixels']} are labelled:",
         "",
     ]

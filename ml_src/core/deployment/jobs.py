@@ -6,6 +6,7 @@ passed. A file that fails the validation is kept under another name.
 
 import hashlib
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,13 +21,13 @@ from ml_src.core.allocator import keep_freed_memory
 from ml_src.core.atomic import only_writer, write_json, write_text
 from ml_src.core.config_file import plain
 from ml_src.core.data.files import Pair, image_info
-from ml_src.core.deployment.card import model_card
+from ml_src.core.deployment.card import is_card_of, model_card
 from ml_src.core.deployment.contestants import Entry, benchmark_members, exported_entry, torch_entries
 from ml_src.core.deployment.evaluation import compare_on, compare_on_random
 from ml_src.core.deployment.facts import collected
 from ml_src.core.deployment.formats import SUFFIXES, Format, open_written, write
 from ml_src.core.deployment.parity import Parity
-from ml_src.core.errors import ConfigError
+from ml_src.core.errors import ConfigError, DataError
 from ml_src.core.export.metadata import InputType, Layout, Metadata, Precision
 from ml_src.core.export.openvino import export_openvino
 from ml_src.core.export.openvino_file import weights_of
@@ -94,7 +95,7 @@ def export(request: Request) -> Written:
         if request.validate or request.benchmark:
             exported = open_written(draft, request.format, members, metadata, size)
         if request.validate:
-            parity = _validated(members, exported, metadata, pairs.compared)
+            parity = _validated(members, exported, metadata, pairs)
             reports["validation"] = parity.to_json(metadata.precision)
             passed = parity.verdict(metadata.precision).passed
             blocks.append(parity.block(metadata.precision))
@@ -109,9 +110,18 @@ def export(request: Request) -> Written:
         files = _settled(draft, path)
     files += _write_reports(path, reports)
     if passed:
-        files.append(path.with_name(CARD))
+        files.append(_card_of(path))
         write_text(files[-1], model_card(metadata, reports.get("validation"), reports.get("benchmark"), path, size))
     return Written(blocks, path, files, passed)
+
+
+def _card_of(path: Path) -> Path:
+    """Where the card of a file lies: MODEL_CARD.md, unless that is the card of another file which is there."""
+    common, own = path.with_name(CARD), path.with_name(f"{path.name}.{CARD}")
+    others = [one for one in path.parent.iterdir() if one.suffix in SUFFIXES.values() and one != path]
+    if own.exists() or (common.exists() and any(is_card_of(one, common) for one in others)):
+        return own
+    return common
 
 
 def _write_reports(path: Path, reports: Mapping[str, Any]) -> list[Path]:
@@ -119,7 +129,7 @@ def _write_reports(path: Path, reports: Mapping[str, Any]) -> list[Path]:
     about = {"file": path.name, "sha256": _sha256(path)}
     written = []
     for kind in ("validation", "benchmark"):
-        beside = path.with_suffix(f".{kind}.json")
+        beside = path.with_suffix(f".{kind}.json" if path.suffix == ".onnx" else f"{path.suffix}.{kind}.json")
         beside.unlink(missing_ok=True)
         if kind in reports:
             write_json(beside, {**about, **reports[kind]})
@@ -246,7 +256,10 @@ def _type_of_images(request: Request, member: Member) -> InputType:
     if not _has_data(request, member):
         log.info("%s is not here: the file will take 8-bit images (--input_type)", member.config.data.data_dir)
         return "uint8"
-    paths = [pair.image for split in ("train", "val") for pair in member.data.pairs(split)]
+    try:
+        paths = [pair.image for split in ("train", "val") for pair in member.data.pairs(split)]
+    except DataError as error:
+        raise DataError(f"{error}; or say --input_type, and the images are not looked at") from error
     found = {image_info(path).dtype for path in paths}
     if found == {"uint8"}:
         return "uint8"
@@ -258,6 +271,7 @@ class _Pairs(NamedTuple):
 
     calibrating: Sequence[Pair]
     compared: Sequence[Pair]
+    what: str = "validation images"
 
 
 _NONE = _Pairs([], [])
@@ -269,12 +283,18 @@ def _pairs(request: Request, members: Sequence[Member]) -> _Pairs:
     if not _has_data(request, first):
         return _NONE
     validation = list(first.data.pairs("val"))
+    found = {image_info(pair.image).dtype for pair in validation}
+    if request.input_type not in (None, "float32") and found - {request.input_type}:
+        raise ConfigError(
+            f"--input_type {request.input_type}: the validation images are {', '.join(sorted(found))}; give that type, "
+            "or float32, which takes all"
+        )
     if len({member.config.data.fold for member in members}) == 1:
         return _Pairs(validation, validation)
     test = list(first.data.pairs("test"))
     if not test:
-        log.warning("There are no test images, so the ensemble is compared on images that some members have seen")
-    return _Pairs(validation, test or validation)
+        return _Pairs(validation, validation, "validation images, some of which some of the members were trained on")
+    return _Pairs(validation, test, "test images")
 
 
 def _entries(
@@ -295,17 +315,16 @@ def _entries(
     return entries
 
 
-def _validated(members: Sequence[TorchMember], exported: Member, metadata: Metadata, pairs: Sequence[Pair]) -> Parity:
-    config = members[0].config
-    parity = Parity(
-        config.class_names, config.ignore_index, "PyTorch float32", f"the exported file ({metadata.precision})"
-    )
-    if not pairs:
-        log.info("Validating on noise, for there are no validation images: give --data_dir where they have moved")
+def _validated(members: Sequence[TorchMember], exported: Member, metadata: Metadata, pairs: _Pairs) -> Parity:
+    config, name = members[0].config, f"the exported file ({metadata.precision})"
+    what = pairs.what if pairs.compared else "pictures of smooth noise"
+    parity = Parity(config.class_names, config.ignore_index, "PyTorch float32", name, what)
+    if not pairs.compared:
+        log.info("Validating on noise, for %s is not here (--data_dir)", config.data.data_dir)
         compare_on_random(parity, members, exported, metadata.input_type)
         return parity
-    with progress_bar("validating", len(pairs), least=1) as advance:
-        compare_on(parity, members, exported, pairs, Options(batch_size=1), advance)
+    with progress_bar("validating", len(pairs.compared), least=1) as advance:
+        compare_on(parity, members, exported, pairs.compared, Options(batch_size=1), advance)
     return parity
 
 
@@ -323,6 +342,10 @@ def _workshop(target: Path) -> Iterator[Path]:
         try:
             with tempfile.TemporaryDirectory(dir=folder) as name:
                 yield Path(name)
+        except OSError as error:
+            if error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(folder):
+                error.filename = str(target)  # a name that the user knows
+            raise
         finally:
             shutil.rmtree(folder)
 

@@ -77,9 +77,13 @@ class Parity:
         ignore_index: of the masks; may be one of the classes.
         reference: what the first of the two is called, such as `PyTorch float32`.
         exported: what the second is called.
+        images: what is compared on, in the plural.
     """
 
-    def __init__(self, class_names: Sequence[str], ignore_index: int, reference: str, exported: str) -> None:
+    def __init__(
+        self, class_names: Sequence[str], ignore_index: int, reference: str, exported: str, images: str = "images"
+    ) -> None:
+        self.images = images
         self.class_names, self.ignore_index = list(class_names), ignore_index
         self.names = {"reference": reference, "exported": exported}
         num_classes = len(self.class_names)
@@ -207,7 +211,7 @@ class Parity:
         """Return all of it as plain data: what best.validation.json has. None stands for what is not defined.
 
         verdict, reason; precision; names (of `reference` and `exported`); bounds (`share_equal`, None for int8, and
-        `iou`); num_images, num_pixels, num_labelled_pixels; probabilities (`max_difference`, `mean_difference`,
+        `iou`); images, num_images, num_pixels, num_labelled_pixels; probabilities (`max_difference`, `mean_difference`,
         `num_not_finite`); labels (`num_equal`, `share_equal`); iou and dice (means of both, over classes that both
         have, and their difference); per_class; likeness (scores with the reference's labels as truth);
         confusion_matrices (rows are truth); per_image.
@@ -229,6 +233,7 @@ class Parity:
                 "share_equal": None if precision == "int8" else LEAST_EQUAL / 10_000,
                 "iou": MOST_OF_IOU[precision],
             },
+            "images": self.images,
             "num_images": len(self._images),
             "num_pixels": self.num_pixels,
             "num_labelled_pixels": self.num_labelled,
@@ -273,7 +278,7 @@ class Parity:
         """Return it as the block that is printed."""
         lines = [
             f"Validation of the exported file ({precision}): {self.names['exported']} beside {self.names['reference']}",
-            f"  {len(self._images)} images, {self.num_pixels} pixels, of which {self.num_labelled} are labelled",
+            f"  {len(self._images)} {self.images}, {self.num_pixels} pixels, of which {self.num_labelled} are labelled",
         ]
         if self.num_pixels:
             lines += self._lines_of_probabilities()

@@ -103,7 +103,7 @@ def load_chain(checkpoint_path: Path) -> list[PostprocessStep] | None:
     if has_chain(checkpoint_path):
         return steps
     log.warning(
-        "%s was tuned for another checkpoint than %s and is not used: tune again, or give the steps with --postprocess",
+        "%s was tuned for another checkpoint than %s and is not used: tune the steps again",
         path,
         checkpoint_path.name,
     )
