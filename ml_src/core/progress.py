@@ -1,5 +1,6 @@
 """A progress bar on stderr, for what may take long; only where someone is watching."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,10 +13,12 @@ def progress_bar(text: str, total: int, least: int = MANY) -> Iterator[Callable[
 
     Of fewer than `least` things none is shown.
     """
+    if total < least or not sys.stderr.isatty():
+        yield lambda done: None
+        return
     from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal or total < least) as bar:
+    with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(text, total=total)
         yield lambda done: bar.update(task, completed=done)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tifffile
 from numpy.typing import NDArray
 
 from ml_src.core.data.headers import read_header
@@ -171,6 +170,7 @@ def georeference(path: Path) -> Georeference | None:
 
 def _place_tags(place: dict[str, Any], meaning: str | None) -> tuple[Tag, ...]:
     """Return the TIFF tags by which GDAL says where a raster lies, taken from a small one."""
+    import tifffile
     from rasterio.io import MemoryFile
 
     size = {"height": 1, "width": 1, "count": 1, "dtype": "uint8"}

@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tifffile
 from PIL import Image, UnidentifiedImageError
 
 from ml_src.core.errors import DataError
+
+if TYPE_CHECKING:
+    import tifffile
 
 # What these say beside their errors is no help to a user, and comes again for every file.
 warnings.filterwarnings("ignore", module="PIL")
@@ -106,6 +108,8 @@ def opened(path: Path) -> Iterator[tuple[Any, Header]]:
             start = file.read(64)  # of a WebP, up to the first chunk of pixels
             file.seek(0)
             if start.startswith(TIFF_STARTS):
+                import tifffile  # not above: those who have no TIFFs need not wait for it
+
                 with tifffile.TiffFile(file, name=path.name) as tiff:
                     yield tiff, _tiff_header(tiff)
             else:
@@ -159,7 +163,7 @@ def _pillow_header(image: Image.Image, start: bytes) -> Header:
     )
 
 
-def _tiff_header(tiff: tifffile.TiffFile) -> Header:
+def _tiff_header(tiff: "tifffile.TiffFile") -> Header:
     page = main_page(tiff)
     samples, extra = int(page.samplesperpixel), [int(kind) for kind in page.extrasamples]
     alphas = tuple(samples - len(extra) + index for index, kind in enumerate(extra) if kind in (1, 2))
@@ -189,7 +193,7 @@ def _tiff_header(tiff: tifffile.TiffFile) -> Header:
     return replace(header, windowed=windowed)
 
 
-def main_page(tiff: tifffile.TiffFile) -> Any:
+def main_page(tiff: "tifffile.TiffFile") -> Any:
     """Return the first page that is neither a reduced copy (overview) nor a validity mask."""
     return next((page for page in tiff.pages if _is_picture(page)), tiff.pages.first)
 
@@ -198,7 +202,7 @@ def _is_picture(page: Any) -> bool:
     return not int(getattr(page, "subfiletype", 0)) & 0b101
 
 
-def _num_pages(tiff: tifffile.TiffFile) -> int:
+def _num_pages(tiff: "tifffile.TiffFile") -> int:
     """Count pictures, not what a GeoTIFF keeps beside its one."""
     if tiff.is_imagej and len(tiff.pages) == 1:  # ImageJ writes the header of the first picture only
         return int((tiff.imagej_metadata or {}).get("images", 1))

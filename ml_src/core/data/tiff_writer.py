@@ -6,7 +6,6 @@ from typing import Any, BinaryIO
 from xml.sax.saxutils import escape
 
 import numpy as np
-import tifffile
 from numpy.typing import DTypeLike, NDArray
 
 Rows = Callable[[int, int], NDArray[Any]]
@@ -51,6 +50,8 @@ def write_tiff(
         extra.append((GDAL_METADATA, "s", 0, _band_names(names), True))
     if nodata is not None:
         extra.append((GDAL_NODATA, "s", 0, str(nodata), True))
+    import tifffile
+
     with tifffile.TiffWriter(file, bigtiff=prod(shape) * dtype.itemsize > CLASSIC_MAX) as writer:
         writer.write(
             _tiles(shape, dtype, rows, side),

@@ -4,17 +4,19 @@ Next to read: `geotiffs.py`, the same for TIFFs with coordinates.
 """
 
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tifffile
 from numpy.typing import NDArray
 
 from ml_src.core.data.headers import main_page
 from ml_src.core.transforms.source import Window
 
+if TYPE_CHECKING:
+    import tifffile
 
-def read_tiff(tiff: tifffile.TiffFile, window: Window) -> NDArray[Any]:
+
+def read_tiff(tiff: "tifffile.TiffFile", window: Window) -> NDArray[Any]:
     """Decode a window of the picture as it is stored: (height, width, samples).
 
     Raises: what tifffile raises for a damaged file or a compression it does not know.

@@ -381,8 +381,8 @@ def _validation(report: Mapping[str, Any] | None) -> list[str]:
     lines += [
         f"**{report['verdict']}**: {_text(report['reason'])}.",
         "",
-        f"{_text(names['exported'])} beside {_text(names['reference'])}, on {report['num_images']} {_text(report['images'])}, "
-        f"{report['num_pixels']} pixels, of which {report['num_labelled_pixels']} are labelled:",
+        f"{_text(names['exported'])} beside {_text(names['reference'])}, on {report['num_images']} "
+        f"{_text(report['images'])}, {report['num_pixels']} pixels, of which {report['num_labelled_pixels']} are labelled:",
         "",
     ]
     rows = [
