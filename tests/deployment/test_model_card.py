@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from ml_src.core.checking.grouping import printable
 from ml_src.core.config_file import parse_config
 from ml_src.core.deployment.benchmark import END_TO_END, Benchmark, Conditions, Fresh, Timing
-from ml_src.core.deployment.card import ExportedFile, card_of, model_card, python_lines
+from ml_src.core.deployment.card import ExportedFile, card_of, model_card
 from ml_src.core.deployment.facts import Facts, Scores, collected
 from ml_src.core.deployment.parity import Output, Parity
+from ml_src.core.deployment.programs import python_lines
 from ml_src.core.export.metadata import Metadata
 from ml_src.core.export.openvino_file import import_openvino
 from ml_src.core.network import build_model

@@ -42,7 +42,7 @@ from ml_src.core.progress import progress_bar
 
 log = logging.getLogger("ml_src")
 
-SECONDS = 100.0  # about so long all rounds take together
+SECONDS = 60.0  # about so long all rounds take together
 LEAST_ROUNDS, MOST_ROUNDS = 10, 100
 NUM_IMAGES = 8
 
