@@ -51,11 +51,22 @@ class TorchMember(Member):
             return torch.bfloat16 if fast_bfloat16() else None
         return torch.bfloat16 if self.device.type != "cuda" else getattr(torch, self.config.training.amp_dtype)
 
+    def _logits(self, images: Tensor) -> Tensor:
+        """What the network says; of one that has failed, for it takes multiples only, with its images enlarged."""
+        if "padding" not in vars(self):
+            try:
+                return self.network(images)  # type: ignore[no-any-return]
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # each network has its own
+                if self.padding == (1, 1):
+                    raise
+        logits: Tensor = self.network(pad_edges(images, *self.padding))
+        return logits[..., : images.shape[-2], : images.shape[-1]]
+
     @cached_property
     def padding(self) -> Padding:
-        """What images are enlarged to, where the network takes multiples only and does not pad by itself."""
-        if hasattr(self.network, "size_multiple"):
-            return Padding(1, 1)
+        """What the network needs its images to be multiples of, as far as that can be found out."""
         try:
             return find_padding(self.network, self.config.model.in_channels, self.config.data.num_classes)
         except ConfigError:  # images of one size, which may be that of these
@@ -71,10 +82,9 @@ class TorchMember(Member):
         context: AbstractContextManager[Any] = nullcontext()
         if self.amp_dtype is not None:
             context = torch.autocast(self.device.type, dtype=self.amp_dtype)
-        height, width = images.shape[-2:]
         with context:
-            logits = self.network(pad_edges(images, *self.padding))[..., :height, :width]
-        return logits.float().softmax(dim=1)  # type: ignore[no-any-return]
+            logits = self._logits(images)
+        return logits.float().softmax(dim=1)
 
     def peak(self, work: Callable[[], object]) -> int:
         return torch_peak(work)
