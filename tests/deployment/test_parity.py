@@ -279,9 +279,11 @@ def test_every_failure_is_named_at_once() -> None:
 
 def test_the_report_is_json_without_nan() -> None:
     found = parity()
-    json.dumps(found.to_json("int8"), allow_nan=False)
+    empty = found.to_json("int8")
+    assert json.loads(json.dumps(empty, allow_nan=False)) == empty and empty["num_pixels"] == 0
     found.update("a", output(drawn(0)), output(drawn(1)))
-    json.dumps(found.to_json("int8"), allow_nan=False)
+    filled = found.to_json("int8")
+    assert json.loads(json.dumps(filled, allow_nan=False)) == filled and filled["num_pixels"] > 0
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
