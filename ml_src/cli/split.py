@@ -40,6 +40,19 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     grouping.add_argument(
         "--group_regex", metavar="RE", help="searched in the stem; its first group, or all of it, names the group"
     )
+    add("--federated", action="store_true", help="also divide every part among sites; writes DATA/splits/site_0/, ...")
+    add("--num_clients", type=int, metavar="N", help="with --federated: number of sites")
+    add(
+        "--partition_strategy",
+        choices=("iid", "dirichlet", "group"),
+        help="with --federated: iid (default) at random; dirichlet by class, unevenly; group keeps groups whole",
+    )
+    add(
+        "--alpha",
+        type=float,
+        metavar="A",
+        help="with dirichlet: 0.1 makes the sites very uneven in their classes, 100 even (default 0.5)",
+    )
     add("--seed", type=int, default=42, help="the same seed gives the same split (default 42)")
     add("--output", metavar="DIR", help="where to write (default DATA/splits)")
     add("--force", action="store_true", help="replace another split that is already there")
@@ -58,6 +71,7 @@ def _split(argv: Sequence[str]) -> int:
     from ml_src.core.data import checks, split_report, splits
     from ml_src.core.data.files import find_pairs, read_class_names
     from ml_src.core.errors import ConfigError
+    from ml_src.core.federated import partition
     from ml_src.core.progress import progress_bar
     from ml_src.core.registry import suggest
 
@@ -65,6 +79,8 @@ def _split(argv: Sequence[str]) -> int:
         raise ConfigError(f"--task: unknown task {args.task!r}; {suggest(args.task, ['segmentation'])}")
     if not 0 <= args.seed < 2**64:
         raise ConfigError(f"--seed is {args.seed}: give a number from 0 up")
+    with_groups = args.groups is not None or args.group_regex is not None
+    plan = partition.plan_of_flags(args.federated, args.num_clients, args.partition_strategy, args.alpha, with_groups)
     image_dir, mask_dir = Path(args.raw_data), Path(args.mask_data)
     if image_dir.name in ("", ".."):  # "." and the like have no parent in their name
         image_dir = image_dir.resolve()
@@ -91,10 +107,17 @@ def _split(argv: Sequence[str]) -> int:
         drawn = splits.make_splits(
             counts, groups, args.folds, args.test_split, args.val_split, args.stratified, args.seed
         )
-        unchanged = splits.existing_files(splits_dir) == splits.index_files(drawn, pairs, data_dir)
-        splits.write_splits(drawn, pairs, data_dir, splits_dir, args.force)
+        files, site_of, folders = splits.index_files(drawn, pairs, data_dir), None, []
+        if plan:
+            folders = partition.site_folders(splits_dir, plan.num_sites)
+            site_of = partition.assign_sites(
+                counts, drawn.parts, groups, plan.num_sites, plan.strategy, plan.alpha, args.seed
+            )
+            files |= partition.site_files(site_of, drawn.parts, groups, pairs, data_dir)
+        changed = splits.write_files(files, splits_dir, args.force)
         with suppress(OSError):
             shutil.copyfile(draft, cache)
+        partition.share_facts(cache, folders)
 
     rows = split_report.rows_of(drawn, facts, classes, groups)
     labels = [names[value] if names and value < len(names) else str(value) for value in classes]
@@ -102,9 +125,15 @@ def _split(argv: Sequence[str]) -> int:
     for doubt in (split_report.odd_values(facts, names), split_report.absent_classes(rows, labels, args.stratified)):
         if doubt:
             print(f"warning: {doubt}")
-    print(f"{len(pairs)} pairs; index files in {splits_dir}{' (unchanged)' if unchanged else ''}")
+    if site_of is not None:
+        sites = split_report.rows_of_sites(site_of, facts, classes, groups)
+        _print_table(sites, labels, unlabelled, groups is not None)
+        print(split_report.distance_of_sites(sites))
+    print(f"{len(pairs)} pairs; index files in {splits_dir}{'' if changed else ' (unchanged)'}")
     where = f" --splits_dir {shlex.quote(str(splits_dir))}" if args.output else ""
     print(f"next: ml-init-config {shlex.quote(str(data_dir))} --task segmentation{where}")
+    if site_of is not None:
+        print(f"then write into its YAML file, where trainer_type is federated:\n{partition.sites_as_yaml(folders)}")
     return 0
 
 

@@ -64,7 +64,12 @@ def _train(argv: Sequence[str]) -> int:
         run_dir = config.run_dir if checkpoint is None else checkpoint.parent.parent
         resume = command("ml-train --resume", run_dir, config)
         return relaunch(num_processes, ["-m", "ml_src.cli.train", *argv], resume)
-    outcome = train(config, checkpoint, args.overwrite)
+    if config.training.trainer_type == "federated":
+        from ml_src.core.federated.simulation import train as train_sites
+
+        outcome = train_sites(config, checkpoint, args.overwrite)
+    else:
+        outcome = train(config, checkpoint, args.overwrite)
     if outcome.summary:
         print(outcome.summary)
     return 130 if outcome.interrupted else 0

@@ -106,17 +106,26 @@ class StopEarly(Callback):
         self._stop_if_over(t)
 
     def on_epoch_end(self, t: Training) -> None:
-        value = t.metrics[self.section.monitor]
+        self.heed(t.metrics[self.section.monitor])
+        self._stop_if_over(t)
+
+    def heed(self, value: float) -> None:
+        """Count an epoch."""
         if self.section.is_better(value, self.best, self.section.min_delta):
             self.best, self.num_bad_epochs = value, 0
         else:
             self.num_bad_epochs += 1
-        self._stop_if_over(t)
+
+    @property
+    def reason(self) -> str:
+        """Why to stop; empty where there is none."""
+        if self.num_bad_epochs < self.section.patience:
+            return ""
+        best = "" if self.best is None else f" over {self.best:.4f}"
+        return f"{self.section.monitor} has not improved{best} for {self.num_bad_epochs} epochs"
 
     def _stop_if_over(self, t: Training) -> None:
-        if self.num_bad_epochs >= self.section.patience:
-            best = "" if self.best is None else f" over {self.best:.4f}"
-            t.stop = f"{self.section.monitor} has not improved{best} for {self.num_bad_epochs} epochs"
+        t.stop = self.reason or t.stop
 
     def state_dict(self) -> dict[str, Any]:
         return {"monitor": self.section.monitor, "best": self.best, "num_bad_epochs": self.num_bad_epochs}

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BeforeValidator, Field, model_validator
 
 from ml_src.core.config_rules import PUBLIC_STATISTICS, contradictions
+from ml_src.core.federated_specs import FederatedConfig
 from ml_src.core.postprocess_specs import PostprocessStep
 from ml_src.core.transform_specs import (
     Normalize,
@@ -227,7 +228,7 @@ class TrainingConfig(Section):
     callbacks: list[CallbackConfig] = []
     """early_stopping, model_checkpoint, lr_monitor, gradient_clipping; each at most once."""
     dp: DPConfig | None = None
-    """Only for trainer_type `dp`."""
+    """Only for trainer_type `dp`, or federated.backend `dp`."""
 
 
 class Adam(Section):
@@ -371,6 +372,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig()
+    federated: FederatedConfig | None = None
     optimizer: Annotated[
         Annotated[Adam | AdamW | SGD | RMSprop, Field(discriminator="type")], _default_type("adam")
     ] = Adam()
@@ -399,8 +401,10 @@ class Config(Section):
             target = raw.setdefault(section, {})
             if isinstance(target, dict) and target.get(key) is None and data.get(key) is not None:
                 target[key] = data[key]
-        training, model = raw.get("training"), raw.get("model")
-        if isinstance(training, dict) and isinstance(model, dict) and training.get("trainer_type") == "dp":
+        training, model, federated = raw.get("training"), raw.get("model"), raw.get("federated")
+        trainers = [training.get("trainer_type")] if isinstance(training, dict) else []
+        trainers += [federated.get("backend")] if isinstance(federated, dict) else []
+        if "dp" in trainers and isinstance(model, dict):
             model.setdefault("norm", "group")
         return raw
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from ml_src.core.federated_specs import SELECTIVE
 from ml_src.core.postprocess_specs import misfits
 from ml_src.core.transform_specs import (
     ColorJitter,
@@ -14,6 +15,7 @@ from ml_src.core.transform_specs import (
 
 if TYPE_CHECKING:
     from ml_src.core.config import Config
+    from ml_src.core.federated_specs import FederatedConfig
     from ml_src.core.transform_specs import TrainTransform
 
 # Mean and standard deviation that are known without a look at the data: of ImageNet (near those of most photographs),
@@ -66,6 +68,11 @@ def _trainer_problems(config: "Config") -> list[str]:
     """What the chosen trainer cannot do."""
     training, problems = config.training, []
     trainer, dp = training.trainer_type, training.dp
+    if trainer == "federated":
+        if config.federated is None:
+            return ["trainer_type federated needs a section federated: with sites or num_sites"]
+        problems += _federated_problems(config, config.federated)
+        trainer = config.federated.backend  # what trains at a site
     if trainer == "dp":
         if dp is None or dp.noise_multiplier is dp.target_epsilon is None:
             problems.append("training.dp needs a noise_multiplier, a target_epsilon, or both")
@@ -85,6 +92,48 @@ def _trainer_problems(config: "Config") -> list[str]:
     if training.auto_batch and trainer in ("accelerate", "dp"):
         problems.append(f"training.auto_batch does not go with trainer_type {trainer}: set training.batch_size")
     return problems
+
+
+def _federated_problems(config: "Config", federated: "FederatedConfig") -> list[str]:
+    """What a federation cannot do."""
+    training, strategy, group = config.training, federated.strategy.type, config.model.norm == "group"
+    number = federated.num_sites or (len(federated.sites) if federated.sites is not None else None)
+    monitors = [config.scheduler, *training.callbacks]
+    of_training = [m.monitor for m in monitors if not getattr(m, "monitor", "val_").startswith("val_")]
+    top_k = [one.save_top_k for one in training.callbacks if one.type == "model_checkpoint"]
+    wrong = {
+        "federated: give sites or num_sites, not both": federated.sites is not None and federated.num_sites is not None,
+        "federated.sites is empty": federated.sites == [],
+        "federated.sites has a folder twice": len(set(federated.sites or [])) < len(federated.sites or []),
+        "federated: give local_epochs or local_steps, not both": None
+        not in (federated.local_epochs, federated.local_steps),
+        f"federated.min_sites is {federated.min_sites} but there are {number} sites": number is not None
+        and federated.quorum > number,
+        "training.ema does not go with trainer_type federated: its average is that of the sites": training.ema
+        is not None,
+        "scheduler plateau does not go with trainer_type federated: the sites would part": config.scheduler.type
+        == "plateau",
+        "training.auto_batch does not go with trainer_type federated: set training.batch_size": training.auto_batch,
+        "training.profile does not go with trainer_type federated": training.profile,
+        f"a monitor is {', '.join(of_training)} but sites tell of validation only: use val_...": bool(of_training),
+        "model_checkpoint.save_top_k above 1 does not go with trainer_type federated": bool(top_k) and max(top_k) > 1,
+        "federated.strategy fedprox does not go with backend dp, which would clip its term": strategy == "fedprox"
+        and federated.backend == "dp",
+        "federated.personalize batch_norm needs model.norm batch": federated.personalize == "batch_norm" and group,
+        f"federated.strategy {strategy} looks at single updates, which secure_aggregation and central_dp hide": strategy
+        in SELECTIVE
+        and (federated.secure_aggregation or federated.central_dp is not None),
+        "federated.secure_aggregation needs three sites at least": federated.secure_aggregation
+        and number is not None
+        and number < 3,
+        "federated.central_dp clips single updates, which secure_aggregation hides: use one, or backend dp": (
+            federated.secure_aggregation and federated.central_dp is not None
+        ),
+        "federated.central_dp needs model.norm group: running statistics would leave without noise": (
+            federated.central_dp is not None and not group
+        ),
+    }
+    return [sentence for sentence, is_wrong in wrong.items() if is_wrong]
 
 
 def _undeclared_statistics(config: "Config") -> list[str]:

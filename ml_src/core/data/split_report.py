@@ -1,8 +1,10 @@
 """What ml-split says of a split: how much of each class every part has, and what is odd. Next: `cli/split.py`."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from ml_src.core.data.checks import UNLABELLED, MaskFacts, unlabelled_value
 from ml_src.core.data.files import MEND, listed
@@ -29,9 +31,26 @@ class Row:
 
 def rows_of(drawn: Splits, facts: Sequence[MaskFacts], classes: list[int], groups: Sequence[str] | None) -> list[Row]:
     """Return one row a part: the test split, then train and val of each fold."""
-    parts = {"test": drawn.test}
-    for fold, (train, val) in enumerate(drawn.folds):
-        parts |= {f"fold {fold} train": train, f"fold {fold} val": val}
+    parts = {name.replace("_", " "): indices for name, indices in drawn.parts.items()}
+    return _rows(parts, facts, classes, groups)
+
+
+def rows_of_sites(
+    site_of: Sequence[int], facts: Sequence[MaskFacts], classes: list[int], groups: Sequence[str] | None
+) -> list[Row]:
+    """Return one row a site, with all its images; `site_of` has the site of each image, counted from 0."""
+    members: dict[str, list[int]] = {f"site {site}": [] for site in range(max(site_of) + 1)}
+    for index, site in enumerate(site_of):
+        members[f"site {site}"].append(index)
+    return _rows(members, facts, classes, groups)
+
+
+def _rows(
+    parts: Mapping[str, Sequence[int]],
+    facts: Sequence[MaskFacts],
+    classes: list[int],
+    groups: Sequence[str] | None,
+) -> list[Row]:
     rows = []
     for name, indices in parts.items():
         total: Counter[int] = Counter()
@@ -41,6 +60,25 @@ def rows_of(drawn: Splits, facts: Sequence[MaskFacts], classes: list[int], group
         pixels = [total[value] for value in classes]
         rows.append(Row(name, len(indices), num_groups, pixels, total.total() - sum(pixels)))
     return rows
+
+
+def unevenness(rows: Sequence[Row]) -> float:
+    """Return how far the class shares of the rows are from those of all of them together, on average.
+
+    The distance is the total variation: the share of a row's pixels that would have to be of another class. 0 is none;
+    1 is never reached. Rows without a pixel are passed over.
+    """
+    pixels = np.array([row.pixels for row in rows if any(row.pixels)], dtype=np.float64)  # (rows, classes)
+    if not len(pixels):
+        return 0.0
+    shares, whole = pixels / pixels.sum(axis=1, keepdims=True), pixels.sum(axis=0) / pixels.sum()
+    return float(np.abs(shares - whole).sum(axis=1).mean() / 2)
+
+
+def distance_of_sites(rows: Sequence[Row]) -> str:
+    """Say how uneven sites are in their classes."""
+    apart = 100 * unevenness(rows)
+    return f"on average {apart:.2f} % of a site's pixels would have to change their class to give it the shares of all"
 
 
 def odd_values(facts: Sequence[MaskFacts], names: list[str] | None) -> str | None:

@@ -24,6 +24,7 @@ from ml_src.core.errors import ConfigError, DataError
 
 GROUPS = "groups.csv"
 SPLIT_FILE = re.compile(r"(test|fold_\d+_(train|val))_(images|masks)\.txt|groups\.csv")
+SITE_FOLDER = re.compile(r"site_\d+")
 # Stands beside the classes in the bookkeeping below: every unit has it, so it balances the number of images.
 ANY = -1
 
@@ -45,6 +46,14 @@ class Splits:
     test: list[int]
     folds: list[tuple[list[int], list[int]]]
     groups: list[str] | None = None
+
+    @property
+    def parts(self) -> dict[str, list[int]]:
+        """The indices of every part by the name that its files have: `test`, `fold_0_train`, `fold_0_val`, ..."""
+        parts = {"test": self.test}
+        for fold, (train, val) in enumerate(self.folds):
+            parts |= {f"fold_{fold}_train": train, f"fold_{fold}_val": val}
+        return parts
 
 
 def make_splits(
@@ -301,20 +310,24 @@ def _open(parts: Sequence[_Part], num_images: int, allowed: Iterable[int]) -> li
 
 
 def index_files(splits: Splits, pairs: Sequence[Pair], data_dir: Path) -> dict[str, str]:
-    """Return file name -> text: one path a line, POSIX, relative to `data_dir`, in the order of the pairs."""
+    """Return file name -> text of all parts, and of the groups where there are some."""
+    return files_of_parts(splits.parts, splits.groups, pairs, data_dir)
+
+
+def files_of_parts(
+    parts: Mapping[str, Sequence[int]], groups: Sequence[str] | None, pairs: Sequence[Pair], data_dir: Path
+) -> dict[str, str]:
+    """Return file name -> text: one path a line, POSIX, relative to `data_dir`, in the order of the indices."""
     lines = {
         "images": _relative_lines([pair.image for pair in pairs], data_dir),
         "masks": _relative_lines([pair.mask for pair in pairs], data_dir),
     }
-    parts = {"test": splits.test}
-    groups = {} if splits.groups is None else {GROUPS: _groups_csv(pairs, splits.groups)}
-    for fold, (train, val) in enumerate(splits.folds):
-        parts |= {f"fold_{fold}_train": train, f"fold_{fold}_val": val}
+    table = {} if groups is None else {GROUPS: _groups_csv(pairs, groups)}
     return {
         f"{name}_{kind}.txt": "".join(of_kind[index] for index in indices)
         for name, indices in parts.items()
         for kind, of_kind in lines.items()
-    } | groups
+    } | table
 
 
 def _groups_csv(pairs: Sequence[Pair], groups: Sequence[str]) -> str:
@@ -340,34 +353,55 @@ def existing_files(splits_dir: Path) -> dict[str, str]:
     }
 
 
+def existing_site_files(splits_dir: Path) -> dict[str, str]:
+    """Return the index files of the folders of sites in a folder, as `site_0/test_images.txt` -> text."""
+    if not splits_dir.is_dir():
+        return {}
+    folders = [path for path in splits_dir.iterdir() if SITE_FOLDER.fullmatch(path.name)]
+    return {f"{path.name}/{name}": text for path in folders for name, text in existing_files(path).items()}
+
+
 def write_splits(splits: Splits, pairs: Sequence[Pair], data_dir: Path, splits_dir: Path, force: bool) -> None:
-    """Write the index files, all or none; the same split again changes nothing.
+    """Write the index files as `write_files` does."""
+    write_files(index_files(splits, pairs, data_dir), splits_dir, force)
+
+
+def write_files(new: Mapping[str, str], splits_dir: Path, force: bool) -> bool:
+    """Write index files, all or none, and return whether anything changed: the same split again changes nothing.
+
+    The index files of sites, `site_0/...`, go with the split that they divide: they stay with it where it is written
+    again without them, and leave with it where another one takes its place.
 
     Raises: DataError where another split exists and `force` is not given, and where the folder cannot be written.
     """
-    new, old = index_files(splits, pairs, data_dir), existing_files(splits_dir)
+    old = existing_files(splits_dir)
     if new == old:
-        return
+        return False
+    old |= existing_site_files(splits_dir)
+    if new == old:
+        return False
     if not old.items() <= new.items() and not force:
         raise DataError(f"{splits_dir} holds another split: give --force to replace it, or --output another folder")
     try:
-        _replace_files(splits_dir, old, new)
+        replace_files(splits_dir, old, new)
     except OSError as error:
         raise DataError(f"{splits_dir} cannot be written ({error.strerror}): give --output another folder") from error
+    return True
 
 
-def _replace_files(folder: Path, old: Mapping[str, str], new: Mapping[str, str]) -> None:
+def replace_files(folder: Path, old: Mapping[str, str], new: Mapping[str, str]) -> None:
     """Put the new files in the place of the old ones; whatever goes wrong, the old ones are there again.
 
-    All old files leave before the first new one comes: even a power cut leaves no mixture, only too few files.
+    All old files leave before the first new one comes: even a power cut leaves no mixture, only too few files. Names
+    are relative to `folder`; folders in it that all files have left go too, where nothing else is in them.
     """
-    created = not folder.exists()
+    parents = sorted({(folder / name).parent for name in new} | {folder})
+    created = [parent for parent in parents if not parent.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_all(parents)
         with TemporaryDirectory(prefix=".split-", dir=folder) as scratch:
             drafts, backups = Path(scratch, "new"), Path(scratch, "old")
-            drafts.mkdir()
-            backups.mkdir()
+            _make_all([(drafts / name).parent for name in new] + [(backups / name).parent for name in old])
             for name, text in new.items():
                 (drafts / name).write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
             try:
@@ -376,16 +410,33 @@ def _replace_files(folder: Path, old: Mapping[str, str], new: Mapping[str, str])
                 for name in new:
                     (drafts / name).replace(folder / name)
             except BaseException:
-                for name in new.keys() - {path.name for path in drafts.iterdir()}:
-                    (folder / name).unlink()
-                for path in list(backups.iterdir()):
-                    path.replace(folder / path.name)
+                for name in new:
+                    if not (drafts / name).exists():
+                        (folder / name).unlink()
+                for name in old:
+                    if (backups / name).exists():
+                        (backups / name).replace(folder / name)
                 raise
     except BaseException:
-        if created:
-            with suppress(OSError):
-                folder.rmdir()
+        _remove_empty(created)
         raise
+    _remove_empty({(folder / name).parent for name in old} - set(parents))
+
+
+def _make_all(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders that hold at most what can be computed again."""
+    for folder in sorted(folders, reverse=True):
+        with suppress(OSError):
+            held, caches = set(folder.iterdir()), {cache_path(folder), statistics_path(folder)}
+            if held <= caches:
+                for path in held:
+                    path.unlink()
+                folder.rmdir()
 
 
 def read_split(splits_dir: Path, data_dir: Path, name: str) -> Pairs:

@@ -127,6 +127,9 @@ class Backend:
     def before_save(self, run_dir: Path) -> None:
         """Write what must be on the disk before a checkpoint is."""
 
+    def rekey(self, context: bytes) -> None:
+        """Take note of what came from outside, such as weights that other sites have trained."""
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep of the backend itself."""
         return {}

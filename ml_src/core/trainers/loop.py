@@ -70,10 +70,10 @@ def train_epoch(t: Training) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def evaluate(t: Training) -> dict[str, float]:
-    """Return loss and scores over the validation split, at the size of its transforms."""
+def evaluate(t: Training, metric: Metric | None = None) -> dict[str, float]:
+    """Return loss and scores over the validation split, at the size of its transforms; `metric` keeps the counts."""
     t.measured.eval()
-    metric = t.task.metric()
+    metric = metric or t.task.metric()
     losses = Losses()
     for batch in t.val_loader.epoch():
         images, targets = t.task.prepare(batch, t.device)

@@ -20,6 +20,8 @@ OURS = (
     "tensorboard",
     "profile",
     "privacy.json",
+    "federation.json",
+    "sites",
     "inference",
 )
 log = logging.getLogger("ml_src")

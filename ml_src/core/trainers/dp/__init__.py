@@ -173,6 +173,13 @@ class DP(Backend):
         )
         write_json(run_dir / "privacy.json", report)
 
+    def rekey(self, context: bytes) -> None:
+        """Let noise that follows from the configuration follow from `context` too: the same noise on other weights
+        would show their difference.
+        """
+        if self.config_key is not None:
+            self.noise.key = self.order.key = _number(f"{self.config_key}".encode(), context)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "ledger": self.ledger.plain(),

@@ -1,0 +1,78 @@
+"""The server's way to its sites: letters out, answers back as they come, over any Grid of Flower's."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import ml_src.core.federated.flower  # noqa: F401  # before flwr
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+from ml_src.core.errors import MLError
+from ml_src.core.federated.wire import Expected, Letter, WireError, from_record, to_record
+
+POLL = 0.05  # seconds
+
+
+class Answer(NamedTuple):
+    """What came of a letter: a letter back, or a sentence why there is none."""
+
+    site: str
+    letter: Letter | None
+    problem: str = ""
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+
+class Link:
+    """The sites that are connected, by name."""
+
+    def __init__(self, grid: Grid, nodes: Callable[[], Mapping[str, int]]) -> None:
+        self.grid, self.nodes = grid, nodes
+
+    def ask(
+        self, letters: Mapping[str, Letter], expected: Mapping[str, Mapping[str, Expected]], timeout: float
+    ) -> Iterator[Answer]:
+        """Send each site its letter and yield one answer for each, as they come; the silent ones after `timeout` (s).
+
+        An answer is checked against `expected` and must be to this very letter.
+        """
+        started, nodes = time.monotonic(), self.nodes()
+        records = {id(letter): to_record(letter) for letter in letters.values()}  # most have the same
+        sites = [site for site in letters if site in nodes]
+        for site in letters.keys() - set(sites):
+            yield Answer(site, None, "is not connected")
+        messages = [
+            Message(
+                records[id(letters[site])],
+                nodes[site],
+                MessageType.TRAIN if letters[site].kind == "train" else MessageType.QUERY,
+                group_id=str(letters[site].round),
+                ttl=timeout,
+            )
+            for site in sites
+        ]
+        waiting = dict(zip(self.grid.push_messages(messages), sites, strict=True))
+        while waiting and time.monotonic() - started < timeout:
+            replies = list(self.grid.pull_messages(list(waiting)))
+            for reply in replies:
+                site = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if site is not None:
+                    yield _answer(site, letters[site], reply, expected, time.monotonic() - started)
+            if not replies:
+                time.sleep(POLL)
+        for site in waiting.values():
+            yield Answer(site, None, f"has not answered within {timeout:g} s")
+
+
+def _answer(
+    site: str, letter: Letter, reply: Message, expected: Mapping[str, Mapping[str, Expected]], seconds: float
+) -> Answer:
+    if reply.has_error():
+        return Answer(site, None, f"refused: {reply.error.reason}", 0, seconds)
+    try:
+        found = from_record(reply.content, expected)
+        if (found.kind, found.session, found.round) != (letter.kind, letter.session, letter.round):
+            raise WireError("the answer is to another message: refused as replayed")
+    except MLError as error:
+        return Answer(site, None, f"sent an answer that cannot be used: {error}", 0, seconds)
+    return Answer(site, found, "", found.num_bytes, seconds)

@@ -1,0 +1,110 @@
+"""`ml-federated site --check`: all that can be known before a site takes part, each in one line; nothing is trained."""
+
+import datetime
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+
+from ml_src.core.errors import ConfigError, DataError, MLError
+from ml_src.core.federated.kits import SiteKit, others_may_read, public_pem, read_site_kit
+from ml_src.core.federated.processes.hello import Hello, say_hello
+
+MAX_CLOCK_DIFFERENCE = 60.0  # seconds; the server refuses signatures that are five minutes old, or of the future
+UNKNOWN_KEY = "the server {server} does not know the key of {name}: ask who runs it whether this kit is an old one"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. problem: what to do, or None where all is well."""
+
+    subject: str
+    problem: str | None
+
+    @property
+    def line(self) -> str:
+        """The line."""
+        return f"{self.subject}: {self.problem or 'ok'}"
+
+
+def check_site(folder: Path, data_dir: Path) -> Iterator[Finding]:
+    """Yield what is found, check after check; what cannot be known because of an earlier one is left out.
+
+    Raises: ConfigError where the folder is no kit of a site.
+    """
+    kit = read_site_kit(folder)
+    yield (config := _try("configuration", lambda: _check_config(kit)))
+    if config.problem is None:
+        yield _try("data", lambda: _check_data(kit, data_dir))
+    yield _try("key", lambda: _check_key(kit))
+    yield _try("certificate", lambda: _check_certificate(kit))
+    hello: list[Hello] = []
+    yield _try("server", lambda: hello.append(say_hello(kit, kit.name)))
+    for said in hello:
+        yield _try("clock", lambda said=said: _check_clock(said))
+        yield _try("registration", lambda said=said: _check_registration(kit, said))
+
+
+def require_kit(kit: SiteKit) -> None:
+    """Raise what makes a kit useless, before anything is started: its configuration, its key, its certificate."""
+    for check in (_check_config, _check_key, _check_certificate):
+        check(kit)
+
+
+def _try(subject: str, check: Callable[[], object]) -> Finding:
+    try:
+        check()
+    except MLError as error:
+        return Finding(subject, str(error))
+    except OSError as error:
+        return Finding(subject, f"{error.filename}: {error.strerror}")
+    return Finding(subject, None)
+
+
+def _check_config(kit: SiteKit) -> None:
+    if kit.config().training.trainer_type != "federated":
+        raise ConfigError(f"{kit.folder / 'config.yaml'} trains no federation: ask for the kit again")
+
+
+def _check_data(kit: SiteKit, data_dir: Path) -> None:
+    from ml_src.core.tasks import task_for
+
+    task_for(kit.config(data_dir)).check_data()
+
+
+def _check_key(kit: SiteKit) -> None:
+    key = kit.signing_key()
+    if others_may_read(kit.key):
+        raise DataError(f"{kit.key} can be read by others: chmod 600 {kit.key}")
+    if kit.name not in kit.public_keys:
+        raise DataError(f"{kit.folder / 'keys'} has no key of {kit.name}: ask for the kit again")
+    if public_pem(key.public_key()) != public_pem(kit.public_keys[kit.name]):
+        raise DataError(f"{kit.key} is not the key of {kit.name}: ask for the kit again")
+
+
+def _check_certificate(kit: SiteKit) -> None:
+    try:
+        certificate = x509.load_pem_x509_certificate(kit.ca.read_bytes())
+    except ValueError:
+        raise DataError(f"{kit.ca} holds no certificate: ask for the kit again") from None
+    now = datetime.datetime.now(datetime.UTC)
+    if now > certificate.not_valid_after_utc:
+        raise DataError(f"{kit.ca} held until {certificate.not_valid_after_utc:%Y-%m-%d}: ask for a new kit")
+    if now < certificate.not_valid_before_utc:
+        raise DataError(
+            f"{kit.ca} holds from {certificate.not_valid_before_utc:%Y-%m-%d} on: set the clock of this machine"
+        )
+
+
+def _check_clock(said: Hello) -> None:
+    ahead = time.time() - said.time
+    if abs(ahead) > MAX_CLOCK_DIFFERENCE:
+        word = "ahead of" if ahead > 0 else "behind"
+        raise ConfigError(f"this machine is {abs(ahead):.0f} s {word} the server: set the clock (NTP) here or there")
+
+
+def _check_registration(kit: SiteKit, said: Hello) -> None:
+    if not said.known:
+        raise ConfigError(UNKNOWN_KEY.format(server=kit.address, name=kit.name))

@@ -1,0 +1,99 @@
+"""`ml-federated site`: starts Flower's SuperNode and a worker of ours, and keeps both going until it is stopped."""
+
+import logging
+import secrets
+import socket
+import time
+from pathlib import Path
+
+from ml_src.core import atomic
+from ml_src.core.errors import TrainingError
+from ml_src.core.federated.kits import SiteKit, read_site_kit
+from ml_src.core.federated.processes import checks
+from ml_src.core.federated.processes.children import Child, ending, sigterm_as_interrupt
+from ml_src.core.federated.processes.hello import RefusedError, UnreachableError, say_hello
+from ml_src.core.federated.processes.server import logging_to, set_environment, write_private
+
+ANSWERER = "ml_src.core.federated.client.answer_from_kit"
+FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0  # seconds between two attempts to reach the server
+STEADY = 60.0  # seconds after which an end is not a failure to start
+log = logging.getLogger("ml_src")
+
+
+def take_part(folder: Path, data_dir: Path, answerer: str = ANSWERER) -> None:
+    """Run a site until it is stopped. Without the server it waits for it, however often that ends.
+
+    answerer: the dotted name of a function that is called with (kit's folder, data folder) and returns what answers a
+    message: a function of (message, context).
+    Raises: ConfigError and DataError where the kit or the data are not in order, RefusedError where the server is the
+    wrong one or does not know this site.
+    """
+    kit = read_site_kit(folder)
+    checks.require_kit(kit)
+    with atomic.only_writer(kit.state), logging_to(kit.state / "site.log"), sigterm_as_interrupt():
+        set_environment(kit.state)
+        secret = kit.state / "superexec.secret"
+        write_private(secret, secrets.token_hex(32))
+        address = f"127.0.0.1:{_free_port()}"
+        children: list[Child] = []
+        with ending(children):
+            worker = _worker(kit, data_dir, address, secret, answerer)
+            children.append(worker)
+            while True:
+                _wait_for_server(kit, worker)
+                node = Child("supernode", _supernode(kit, address, secret), kit.state / "supernode.log")
+                children[1:] = [node]
+                log.info("site %s takes part in the federation of %s", kit.name, kit.address)
+                t0 = time.monotonic()
+                while node.running:
+                    _require_running(worker)
+                    time.sleep(0.1)
+                log.info("the connection to the server %s has ended", kit.address)
+                if time.monotonic() - t0 < STEADY:
+                    time.sleep(FIRST_WAIT)
+
+
+def _wait_for_server(kit: SiteKit, worker: Child) -> None:
+    """Return when the server is there and knows this site.
+
+    Raises: RefusedError where it will never be.
+    """
+    wait = 0.0
+    while True:
+        try:
+            if not say_hello(kit, kit.name).known:
+                raise RefusedError(checks.UNKNOWN_KEY.format(server=kit.address, name=kit.name))
+            return
+        except UnreachableError as error:
+            if not wait:
+                log.info("%s; trying again until it does", error)
+            wait = min(2 * wait or FIRST_WAIT, LONGEST_WAIT)
+            _require_running(worker)
+            time.sleep(wait)
+
+
+def _require_running(worker: Child) -> None:
+    if not worker.running:
+        lines = worker.said().strip().splitlines()
+        raise TrainingError(f"the worker of this site has ended ({lines[-1] if lines else 'killed'}): see {worker.log}")
+
+
+def _worker(kit: SiteKit, data_dir: Path, address: str, secret: Path, answerer: str) -> Child:
+    arguments = [str(kit.folder), str(data_dir.resolve()), address, str(secret), answerer]
+    return Child("worker", arguments, kit.state / "worker.log")
+
+
+def _supernode(kit: SiteKit, address: str, secret: Path) -> list[str]:
+    host, _, port = address.rpartition(":")
+    return [
+        *("--superlink", kit.address, "--root-certificates", str(kit.ca)),
+        *("--auth-supernode-private-key", str(kit.key)),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
+        *("--host", host, "--port", port),
+    ]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

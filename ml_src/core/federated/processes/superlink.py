@@ -1,0 +1,187 @@
+"""Flower's SuperLink behind a gate of ours; run as a process by `server.py`.
+
+Flower 1.41 serves three APIs on one port: Fleet, for sites; Control, which starts runs of any code and asks nobody who
+they are; Runtime, for the code of the run. The gate lets other machines reach the Fleet API only, and only with the key
+of a site and a request of honest size. All else is answered to this machine only, and to who knows the token.
+"""
+
+import hmac
+import ipaddress
+import json
+import sys
+import time
+from base64 import b64decode
+from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+FLEET = "/v1/fleet/"
+HELLO = "/federation/hello"
+TOKEN_HEADER = "x-federation-token"
+
+
+class Gate:
+    """An ASGI application around Flower's.
+
+    keys: the sites' public keys as PEM, which a Fleet request names. max_bytes: of the body of one.
+    """
+
+    def __init__(self, app: App, token: str, keys: frozenset[bytes], max_bytes: int) -> None:
+        self.app, self.token, self.keys, self.max_bytes = app, token, keys, max_bytes
+        self.digests = {sha256(key).hexdigest() for key in keys}
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] != "http":
+            await _refuse(send, 403, "nothing but HTTP is answered")
+        elif scope["path"] == HELLO:
+            await self._hello(scope, send)
+        elif scope["path"].startswith(FLEET):
+            await self._fleet(scope, receive, send)
+        elif not _from_this_machine(scope):
+            await _refuse(send, 403, "only the server's own machine may ask for this")
+        elif not hmac.compare_digest(_header(scope, TOKEN_HEADER), self.token.encode("ascii")):
+            await _refuse(send, 403, "the token of this server is missing: only its own command may ask for this")
+        else:
+            await self.app(scope, receive, send)
+
+    async def _hello(self, scope: Message, send: Send) -> None:
+        """Say the time, and whether the key with the digest in the query is one of a site."""
+        digest = scope["query_string"].decode("ascii", errors="replace")
+        await _answer(send, 200, {"time": time.time(), "known": digest in self.digests})
+
+    async def _fleet(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass on what a registered site sends, up to max_bytes; Flower then checks the signature."""
+        from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+
+        if _decoded(_header(scope, FLEET_HTTP_PUBLIC_KEY_HEADER.lower())) not in self.keys:
+            await _refuse(send, 401, "this key is not registered")
+            return
+        length = _header(scope, "content-length")
+        if length and (not length.isdigit() or int(length) > self.max_bytes):
+            await self._too_large(send)
+            return
+        body = _Counted(receive, send, self.max_bytes)
+        try:
+            await self.app(scope, body.receive, body.send)
+        except Exception:
+            if not body.exceeded:
+                raise
+        if body.exceeded:
+            await self._too_large(send)
+
+    async def _too_large(self, send: Send) -> None:
+        await _refuse(send, 413, f"a request may have {self.max_bytes} bytes")
+
+
+class _Counted:
+    """Reads a body until it is too large; then the application sees a client that has gone, and answers nobody."""
+
+    def __init__(self, receive: Receive, send: Send, max_bytes: int) -> None:
+        self._receive, self._send, self._left = receive, send, max_bytes
+
+    @property
+    def exceeded(self) -> bool:
+        return self._left < 0
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        return {"type": "http.disconnect"} if self.exceeded else message
+
+    async def send(self, message: Message) -> None:
+        if not self.exceeded:
+            await self._send(message)
+
+
+def _from_this_machine(scope: Message) -> bool:
+    """Judge by the other end of the socket, whatever headers say."""
+    client = scope.get("client")
+    try:
+        return bool(client) and ipaddress.ip_address(client[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def _header(scope: Message, name: str) -> bytes:
+    return next((bytes(value) for key, value in scope["headers"] if key == name.encode("ascii")), b"")
+
+
+def _decoded(value: bytes) -> bytes:
+    try:
+        return b64decode(value, validate=True)
+    except ValueError:
+        return b""
+
+
+async def _refuse(send: Send, status: int, sentence: str) -> None:
+    await _answer(send, status, {"detail": sentence}, close=True)
+
+
+async def _answer(send: Send, status: int, contents: Any, close: bool = False) -> None:
+    headers = [(b"content-type", b"application/json")] + [(b"connection", b"close")] * close
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps(contents).encode("utf-8")})
+
+
+def main() -> None:
+    """Arguments: the parent, the server's kit, then those of flower-superlink."""
+    from ml_src.core.federated.processes.children import parent_of_child
+
+    parent_of_child()
+    kit_folder = Path(sys.argv.pop(1))
+
+    import uvicorn
+
+    from flwr.superlink import main as flower
+    from flwr.superlink.cli import flower_superlink
+    from ml_src.core.federated import kits
+    from ml_src.core.federated.processes.tuning import plain_log
+
+    kit = kits.read_server_kit(kit_folder)
+    keys = frozenset(kits.public_pem(key) for key in kit.public_keys.values())
+    create_app = flower.create_app
+
+    def guarded(*arguments: Any, **options: Any) -> Gate:
+        return Gate(create_app(*arguments, **options), kit.token.read_text("ascii"), keys, kit.max_request_mb * 2**20)
+
+    plain_log()
+    _let_sites_come_back()
+    flower.create_app = guarded
+    # Forwarded headers would replace the address of the other end; a line for each poll would fill the disk.
+    uvicorn.run = partial(_run, uvicorn.run)
+    flower_superlink()
+
+
+def _let_sites_come_back() -> None:
+    """Let a site that was killed connect again at once: Flower refuses it for a minute, until the old one is missed.
+
+    It has proved by its signature that it has the key of the site.
+    """
+    from flwr.superlink.servicer.fleet import fleet_handlers
+
+    activate = fleet_handlers.activate_node
+
+    def activate_anew(request: Any, state: Any) -> Any:
+        node_id = state.get_node_id_by_public_key(request.public_key)
+        if node_id is not None:
+            state.deactivate_node(node_id)
+        return activate(request=request, state=state)
+
+    fleet_handlers.activate_node = activate_anew
+
+
+def _run(run: Callable[..., None], **options: Any) -> None:
+    run(**options | {"proxy_headers": False, "access_log": False, "server_header": False, "timeout_keep_alive": 75})
+
+
+if __name__ == "__main__":
+    main()

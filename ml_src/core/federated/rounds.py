@@ -1,0 +1,354 @@
+"""The server of a federation: round after round it sends the weights out and makes one model of what comes back.
+
+It sees no image. A round is one message a site: the site measures the weights of the round before, then trains.
+Next to read: `aggregation.py`, how updates become one; `journal.py`, what is on the disk when a round counts.
+"""
+
+import logging
+import math
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ml_src.core.atomic import write_json
+from ml_src.core.config import Config
+from ml_src.core.device import seed_everything
+from ml_src.core.errors import TrainingError
+from ml_src.core.federated import facts
+from ml_src.core.federated.aggregation import Aggregator, Update, least_sites, norm, sound
+from ml_src.core.federated.central import CentralPrivacy
+from ml_src.core.federated.journal import Journal
+from ml_src.core.federated.layout import Arrays, Layout
+from ml_src.core.federated.link import Answer, Link
+from ml_src.core.federated.secure import SecureError
+from ml_src.core.federated.secure_round import secure_sum
+from ml_src.core.federated.wire import Expected, Letter
+from ml_src.core.network import build_model
+from ml_src.core.tasks import task_for
+
+MOST_ATTEMPTS = 3  # of one round
+CHOICE = 7  # keeps the choice of sites apart from other random numbers of the same seed
+log = logging.getLogger("ml_src")
+
+
+class Federation:
+    """One federated training, seen from the server."""
+
+    def __init__(self, config: Config, link: Link, run_dir: Path, num_sites: int) -> None:
+        assert config.federated is not None
+        self.config, self.federated = config, config.federated
+        self.link, self.num_sites = link, num_sites
+        seed_everything(config.seed, config.deterministic)
+        self.network = build_model(config.model)  # as the first site builds it
+        self.layout = Layout.of(self.network)
+        self.weights = self.layout.flatten(self.network)
+        self.aggregator = Aggregator(self.federated)
+        self.num_chosen = min(max(round(self.federated.fraction * num_sites), self.federated.quorum), num_sites)
+        central = self.federated.central_dp
+        self.privacy = None if central is None else CentralPrivacy(central, self.num_chosen)
+        self.journal = Journal(config, run_dir)
+        self.round = 0
+        self.num_images: dict[str, int] = {}  # training images of the sites of this session
+        self.total_images = 1  # of all sites: what their shares in a sum refer to
+
+    def restore(self, contents: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint of the journal."""
+        self.network.load_state_dict(contents["model_state_dict"])
+        self.weights = self.layout.flatten(self.network)
+        self.round = int(contents["epoch"])
+        self.aggregator.load_state_dict(contents["backend_state_dict"]["aggregator"])
+        if self.privacy is not None:
+            self.privacy.load_state_dict(contents["backend_state_dict"]["privacy"])
+            self.privacy.recover(self.journal.run_dir / "privacy.json")
+        self.journal.restore(contents)
+
+    def run(self) -> None:
+        """Train until the last round, or until early stopping; then measure what came out."""
+        last = self._last_round()
+        self.open_session()
+        while self.round < last and not self.journal.stop:
+            self.train_round(self.round + 1)
+        self.measure_last()
+
+    def _last_round(self) -> int:
+        """The last round: that of the configuration, or of the budget; said before anything is trained."""
+        wanted = self.federated.rounds - self.round
+        if self.privacy is None or wanted <= 0:
+            return self.federated.rounds
+        log.info(self.privacy.sentence(wanted, self.round))
+        return self.round + self.privacy.allowed_rounds(wanted)
+
+    # Sessions.
+
+    def open_session(self) -> None:
+        """Let the sites check their data, sum up what they tell of it, and tell them the sums."""
+        self.session, self.num_images = secrets.token_hex(16), {}
+        self.join(self.wait(self.num_sites))
+        if len(self.num_images) < self.federated.quorum:
+            raise TrainingError(
+                f"{len(self.num_images)} of {self.num_sites} sites can take part, {self.federated.quorum} are needed "
+                "(federated.min_sites): mend what the lines above say, then go on"
+            )
+
+    def wait(self, number: int) -> list[str]:
+        """Return the connected sites as soon as there are `number`, or enough for a round after round_timeout."""
+        end, said = time.monotonic() + self.federated.round_timeout, False
+        while True:
+            connected = sorted(self.link.nodes())
+            if len(connected) >= number:
+                return connected
+            if time.monotonic() > end:
+                if len(connected) >= self.federated.quorum:
+                    return connected
+                raise TrainingError(
+                    f"{len(connected)} of {self.num_sites} sites are connected ({', '.join(connected) or 'none'}), "
+                    f"{self.federated.quorum} are needed (federated.min_sites): start them, then go on"
+                )
+            if not said:
+                log.info("Waiting for sites: %d of %d are connected", len(connected), number)
+                said = True
+            time.sleep(0.2)
+
+    def join(self, sites: list[str]) -> None:
+        """Take sites into the session."""
+        ask = Letter("facts", self.session, self.round)
+        told = self._ask(dict.fromkeys(sites, ask), {"facts": {}})
+        if not told:
+            return
+        parsed = {answer.site: facts.parse(letter.values, answer.site) for answer, letter in told}
+        fingerprint = facts.merge(parsed, self.config)
+        if self.journal.fingerprint is None:  # of the first session; later ones go on with the same numbers
+            self.journal.begin(fingerprint)
+        known = self.journal.fingerprint
+        self.total_images = sum({**known.num_images, **fingerprint.num_images}.values())
+        values = {
+            "mean": known.mean,
+            "std": known.std,
+            "class_counts": known.class_counts or None,
+            "num_images": self.total_images,
+        }
+        settle = Letter("settle", self.session, self.round, values=values)
+        for answer, _ in self._ask(dict.fromkeys(parsed, settle), {"settle": {}}):
+            self.num_images[answer.site] = parsed[answer.site].num_images["train"]
+
+    def _ask(
+        self, letters: Mapping[str, Letter], expected: Mapping[str, Mapping[str, Expected]]
+    ) -> list[tuple[Answer, Letter]]:
+        """Return the answers that are letters, in the order of the sites' names; say what is wrong with the others."""
+        found = []
+        for answer in self.link.ask(letters, expected, self.federated.round_timeout):
+            if answer.letter is None:
+                log.warning("%s %s", answer.site, answer.problem)
+                self.journal.trouble(answer.site, answer.problem)
+            else:
+                found.append((answer, answer.letter))
+        return sorted(found, key=lambda pair: pair[0].site)
+
+    # Rounds.
+
+    def train_round(self, number: int) -> None:
+        """Train round `number`, again where too few sites got through."""
+        for _ in range(MOST_ATTEMPTS):
+            started = time.monotonic()
+            connected = self.wait(self.federated.quorum)
+            self.join([site for site in connected if site not in self.num_images])  # come back, or late
+            present = [site for site in connected if site in self.num_images]
+            chosen = self.choose(present, number)
+            try:
+                found = self._sums(number, chosen) if self._is_secure else self._updates(number, present, chosen)
+                if self.journal.stop:
+                    return
+                self._require_enough(found)
+            except SecureError as error:
+                log.warning("round %d: %s; trying again", number, error)
+            else:
+                self._commit(number, found, time.monotonic() - started)
+                return
+            self.open_session()
+        raise TrainingError(
+            f"round {number} failed {MOST_ATTEMPTS} times for want of updates: see the lines above, then go on"
+        )
+
+    @property
+    def _is_secure(self) -> bool:
+        return self.federated.secure_aggregation
+
+    def choose(self, present: list[str], number: int) -> list[str]:
+        """Return the sites that train in a round: a function of (seed, round) and of who is there."""
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.config.seed, CHOICE, number))))
+        return sorted(rng.choice(sorted(present), min(self.num_chosen, len(present)), replace=False).tolist())
+
+    def _require_enough(self, found: "Found") -> None:
+        """Raise SecureError, so that the round is tried again, where too few updates came through."""
+        least = self.federated.quorum if self._is_secure else max(self.federated.quorum, least_sites(self.federated))
+        if len(found.sites) < least:
+            raise SecureError(f"only {len(found.sites)} sound updates, {least} are needed")
+
+    def _updates(self, number: int, present: list[str], chosen: list[str]) -> "Found":
+        """Ask every site for its update or its scores, and return what can be used."""
+        answers = self._wave(number, present, chosen)
+        self._measured(number - 1, answers)
+        found = Found()
+        for answer, letter in answers:
+            if letter.kind == "train":
+                update = Update(
+                    answer.site,
+                    self.num_images[answer.site],  # as told before round 1: nobody can make itself heavier
+                    self.layout.named("parameters", letter.arrays["parameters"]),
+                    self.layout.named("buffers", letter.arrays["buffers"]),
+                )
+                found.updates.append(update)
+                found.sites[answer.site] = self._told(answer, letter, norm(self._named(), update))
+        bound = math.inf if self.privacy is not None else self.federated.max_update_norm  # a bound of all tells of one
+        found.updates, found.dropped = sound(self._named(), found.updates, bound)
+        for site, why in found.dropped.items():
+            log.warning("The update of %s is dropped: %s", site, why)
+            del found.sites[site]
+        return found
+
+    def _wave(self, number: int, present: list[str], chosen: list[str]) -> list[tuple[Answer, Letter]]:
+        """Send the weights to all; return the usable answers."""
+        letters = {kind: Letter(kind, self.session, number, self.weights) for kind in ("train", "evaluate")}
+        asked = {site: letters["train" if site in chosen else "evaluate"] for site in present}
+        if number == 1:  # the weights before it are those that chance gave: nobody measures them
+            asked = {site: letter for site, letter in asked.items() if site in chosen}
+        counts = {"counts": Expected("int64", (self.config.data.num_classes**2,))} if number > 1 else {}
+        weights = {kind: Expected("float32", (size,)) for kind, size in self.layout.sizes.items()}
+        return self._ask(asked, {"train": counts | weights, "evaluate": counts})
+
+    def _sums(self, number: int, chosen: list[str], kind: str = "train") -> "Found":
+        """Ask the chosen sites, and learn no more than the sum of what they have."""
+        values = {"num_sites": len(chosen)}
+        letter = Letter(kind, self.session, number, self.weights, values)
+        opened = self._ask(dict.fromkeys(chosen, letter), {kind: {}})
+        sizes, num_classes = self.layout.sizes, self.config.data.num_classes
+        tally, survivors = secure_sum(self._ask, opened, len(chosen), sum(sizes.values()), num_classes**2 + 3)
+        num_val, num_images, _ = tally.counts[-3:].tolist()
+        total = self.total_images
+        if number > 1:
+            self._enter(number - 1, tally.counts[:-3], float(tally.losses[1]) * total / max(num_val, 1), {})
+        found = Found(num_images=num_images)
+        found.sites = {a.site: self._told(a, one, None) for a, one in opened if a.site in survivors}
+        if num_images:
+            mean = tally.change * total / num_images
+            found.change = {"parameters": mean[: sizes["parameters"]], "buffers": mean[sizes["parameters"] :]}
+            found.train_loss = float(tally.losses[0]) * total / num_images
+        return found
+
+    def _told(self, answer: Answer, letter: Letter, length: float | None) -> dict[str, Any]:
+        """What federation.json has of a site's round; what secure aggregation hides is None."""
+        values, sent = letter.values, sum(array.nbytes for array in self.weights.values())
+        return {
+            "num_images": self.num_images[answer.site],
+            "num_steps": _number(values, "num_steps"),
+            "train_loss": _number(values, "train_loss"),
+            "norm": length,
+            "bytes_down": sent,
+            "bytes_up": answer.num_bytes,
+            "work_seconds": _number(values, "seconds"),
+            "seconds": answer.seconds,
+            "backend": values.get("backend", {}),
+        }
+
+    def _named(self) -> tuple[Arrays, Arrays]:
+        return (
+            self.layout.named("parameters", self.weights["parameters"]),
+            self.layout.named("buffers", self.weights["buffers"]),
+        )
+
+    def _commit(self, number: int, found: "Found", seconds: float) -> None:
+        """Make one model of the updates; from here on the round counts."""
+        before = self._named()
+        total = found.num_images or sum(update.num_images for update in found.updates)
+        if self.privacy is not None:
+            parameters = self.privacy.release(before[0], found.updates)
+            write_json(self.journal.run_dir / "privacy.json", self.privacy.report())  # the price, before the weights
+            after = self.aggregator.combine_mean(number, before, parameters, {}, total)
+        elif found.change is not None:
+            mean = {kind: (self.weights[kind] + change).astype(np.float32) for kind, change in found.change.items()}
+            named = [self.layout.named(kind, mean[kind]) for kind in ("parameters", "buffers")]
+            after = self.aggregator.combine_mean(number, before, named[0], named[1], total)
+        else:
+            after = self.aggregator.combine(number, before, found.updates)
+        self.weights = {
+            "parameters": self.layout.joined("parameters", after[0]),
+            "buffers": self.layout.joined("buffers", after[1]),
+        }
+        self.layout.load(self.network, self.weights)
+        self.round = number
+        losses = [(one["train_loss"] or 0.0) * one["num_images"] for one in found.sites.values()]
+        entry = {
+            "round": number,
+            "seconds": seconds,
+            "train_loss": found.train_loss if found.train_loss is not None else sum(losses) / total,
+            "sites": found.sites,
+            "dropped": found.dropped,
+        }
+        if self.privacy is not None:
+            entry["epsilon"] = self.privacy.epsilon()
+        self.journal.commit(entry, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        """The server's own part of a checkpoint."""
+        state = {"model_state_dict": self.network.state_dict(), "aggregator": self.aggregator.state_dict()}
+        return state if self.privacy is None else state | {"privacy": self.privacy.state_dict()}
+
+    # Scores.
+
+    def _measured(self, number: int, answers: list[tuple[Answer, Letter]]) -> None:
+        """Enter what the sites found of the weights of round `number`."""
+        if number == 0 or not answers:
+            return
+        scores = {}
+        total = np.zeros(self.config.data.num_classes**2, np.int64)
+        loss_sum = num_val = 0.0
+        for answer, letter in answers:
+            counts = letter.arrays["counts"]
+            loss, images = _number(letter.values, "val_loss"), _number(letter.values, "num_val")
+            scores[answer.site] = self._scores(counts) | {"loss": math.nan if loss is None else loss}
+            loss_sum, num_val = loss_sum + (loss or 0.0) * (images or 0.0), num_val + (images or 0.0)
+            total += counts
+        self._enter(number, total, loss_sum / max(num_val, 1), scores)
+
+    def _enter(self, number: int, counts: NDArray[np.int64], loss: float, sites: dict[str, dict[str, float]]) -> None:
+        self.journal.measured(number, self._scores(counts) | {"loss": loss}, sites, self._state())
+
+    def _scores(self, counts: NDArray[np.int64]) -> dict[str, float]:
+        metric = task_for(self.config).metric()
+        metric.counts = torch.from_numpy(counts)
+        return metric.compute()
+
+    def measure_last(self) -> None:
+        """Let all sites measure the weights of the last round."""
+        if self.journal.is_measured(self.round):
+            return
+        present = sorted(set(self.num_images) & set(self.link.nodes()))
+        if self._is_secure:
+            self._sums(self.round + 1, present, "evaluate")
+        else:
+            self._measured(self.round, self._wave(self.round + 1, present, []))
+        self.journal.save(self._state())
+
+
+@dataclass
+class Found:
+    """What a round brought: updates, or under secure aggregation their mean change alone."""
+
+    updates: list[Update] = field(default_factory=list)
+    sites: dict[str, dict[str, Any]] = field(default_factory=dict)  # whose updates are used
+    dropped: dict[str, str] = field(default_factory=dict)
+    num_images: int = 0
+    change: dict[str, NDArray[np.float64]] | None = None
+    train_loss: float | None = None
+
+
+def _number(values: Mapping[str, Any], key: str) -> float | None:
+    value = values.get(key)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,0 +1,140 @@
+"""A round in which the server sees sums only: what goes into the sum, and the phases of both sides over letters.
+
+The vector of a site has its change of the weights, times its share of all training images, its losses, and the counts
+of its validation images. Next to read: `secure/`, the masks themselves.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+from numpy.typing import NDArray
+
+from ml_src.core.errors import TrainingError
+from ml_src.core.federated.link import Answer
+from ml_src.core.federated.secure import (
+    Collector,
+    Participant,
+    SecureError,
+    decode,
+    decode_counts,
+    encode,
+    encode_counts,
+)
+from ml_src.core.federated.wire import Expected, Letter
+
+BOUND = 2.0**20  # of any one value, before it is weighted down
+MOST_SITES = 1000  # of one sum: both sides must divide the ring alike
+PHASES = ("keys", "shares", "reveal")
+log = logging.getLogger("ml_src")
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Of the kits: with them the server cannot stand in for a site."""
+
+    own: EllipticCurvePrivateKey
+    others: Mapping[str, EllipticCurvePublicKey]
+
+
+@dataclass
+class Tally:
+    """What is summed up: of one site, or of all."""
+
+    change: NDArray[np.float64]
+    """Of the weights, times the share of images, (values,); 0 where nothing was trained."""
+    losses: NDArray[np.float64]
+    """Of training and of validation, each times its number of images over all training images; (2,)."""
+    counts: NDArray[np.int64]
+    """Of the confusion matrix, then validation images, images trained on, steps taken."""
+
+    def encoded(self) -> NDArray[np.uint64]:
+        """Return it as one vector for the masks."""
+        values = np.concatenate([self.change, self.losses])
+        return np.concatenate([encode(values, BOUND, MOST_SITES), encode_counts(self.counts, MOST_SITES)])
+
+    @classmethod
+    def decoded(cls, total: NDArray[np.uint64], num_counts: int) -> "Tally":
+        """Undo `encoded`, of a sum too."""
+        values = decode(total[:-num_counts], BOUND, MOST_SITES)
+        return cls(values[:-2], values[-2:], decode_counts(total[-num_counts:]))
+
+
+def threshold(num_sites: int) -> int:
+    """Return how many of `num_sites` must see a round through: two thirds, so that no site can be singled out."""
+    return math.ceil(2 * num_sites / 3)
+
+
+class Masking:
+    """A site's side, from its tally to its shares of the others' masks."""
+
+    def __init__(self, name: str, letter: Letter, tally: Tally, keys: Keys | None) -> None:
+        number = letter.values.get("num_sites")
+        if not isinstance(number, int) or not 3 <= number <= MOST_SITES:
+            raise TrainingError("secure aggregation needs three sites at least: their sum would tell a single one")
+        own, others = (None, None) if keys is None else (keys.own, keys.others)
+        self.participant = Participant(name, letter.session, letter.round, threshold(number), own, others)
+        self.name, self.about, self.vector = name, (letter.session, letter.round), tally.encoded()
+
+    def begin(self, letter: Letter, values: dict[str, Any]) -> Letter:
+        """Answer the letter that asked for work."""
+        return letter.answer(values=values, sealed={self.name: self.participant.advertise()})
+
+    def answer(self, letter: Letter) -> Letter:
+        """Answer a later phase.
+
+        Raises: TrainingError for one of another round; SecureError as `Participant`.
+        """
+        if (letter.session, letter.round) != self.about:
+            raise TrainingError(f"round {letter.round} is not the one that is being summed up: refused")
+        match letter.kind:
+            case "keys":
+                return letter.answer(sealed=self.participant.share(letter.sealed))
+            case "shares":
+                return letter.answer({"masked": self.participant.mask(self.vector, letter.sealed)})
+            case _:
+                survivors = letter.values.get("survivors")
+                if not (isinstance(survivors, list) and all(isinstance(name, str) for name in survivors)):
+                    raise TrainingError("the names of the sites that answered are missing")
+                return letter.answer(sealed=self.participant.reveal(survivors))
+
+
+Ask = Callable[[Mapping[str, Letter], Mapping[str, Mapping[str, Expected]]], list[tuple[Answer, Letter]]]
+
+
+def secure_sum(
+    ask: Ask, opened: list[tuple[Answer, Letter]], num_sites: int, num_values: int, num_counts: int
+) -> tuple[Tally, list[str]]:
+    """Return the sum of the sites' tallies, and whose are in it: the server's side.
+
+    Args:
+        ask: sends letters and returns the usable answers.
+        opened: the answers that have the sites' keys.
+        num_sites: how many were asked.
+        num_values: weights in a tally.
+        num_counts: counts in it.
+
+    Raises: SecureError where too few sites see it through.
+    """
+    if not opened:
+        raise SecureError("no site sent its keys")
+    first = opened[0][1]
+    collector = Collector(first.session, first.round, threshold(num_sites))
+
+    def letter(kind: str, **parts: Any) -> Letter:
+        return Letter(kind, first.session, first.round, **parts)
+
+    advertised = collector.keys({a.site: one.sealed[a.site] for a, one in opened if a.site in one.sealed})
+    told = ask({site: letter("keys", sealed=dict(advertised)) for site in advertised}, {"keys": {}})
+    routed = collector.shares({a.site: one.sealed for a, one in told})
+    expected = {"shares": {"masked": Expected("uint64", (num_values + 2 + num_counts,))}}
+    told = ask({site: letter("shares", sealed=dict(routed[site])) for site in routed}, expected)
+    masked = {a.site: one.arrays["masked"] for a, one in told}
+    survivors = sorted(masked)
+    told = ask({site: letter("reveal", values={"survivors": survivors}) for site in survivors}, {"reveal": {}})
+    total = collector.total(masked, {a.site: one.sealed for a, one in told})
+    return Tally.decoded(total, num_counts), survivors

@@ -1,0 +1,360 @@
+"""One data holder of a federation: it runs the loop of any training, through any backend, round by round.
+
+It knows its own configuration and data, and takes nothing but numbers from the server. Its optimizer, schedule, random
+state and (FedBN) batch normalisation stay with it. Next to read: `rounds.py`, the other side.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ml_src.core.atomic import remove_leftovers, write_json
+from ml_src.core.callbacks import Callback
+from ml_src.core.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from ml_src.core.config import Config
+from ml_src.core.errors import DataError, TrainingError
+from ml_src.core.federated.facts import collect
+from ml_src.core.federated.layout import Layout
+from ml_src.core.federated.secure_round import PHASES, Keys, Masking, Tally
+from ml_src.core.federated.wire import Expected, Letter
+from ml_src.core.losses.segmentation import balanced_weights
+from ml_src.core.network import build_model
+from ml_src.core.optim import Schedule
+from ml_src.core.tasks import task_for
+from ml_src.core.trainers import build_training, choose_backend
+from ml_src.core.trainers.loop import evaluate, train_epoch
+from ml_src.core.trainers.training import Progress, Training
+
+PERSONAL = "personal.pt"  # FedBN: the weights of all with the batch normalisation of this site, as last measured
+KEPT = 2  # states of rounds: the server may lose its last one, and ask for it again
+log = logging.getLogger("ml_src")
+
+
+def site_seed(seed: int, index: int) -> int:
+    """Return the seed of a site; the first one's is the run's, so that alone it trains as without a federation."""
+    return seed if index == 0 else int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Site:
+    """Answers letters; what it has done is in its folder, so that it can be killed at any moment and go on."""
+
+    def __init__(
+        self,
+        name: str,
+        config: Config,
+        folder: Path,
+        index: int = 0,
+        keep_workers: bool = True,
+        keys: Keys | None = None,
+    ) -> None:
+        assert config.federated is not None
+        self.name, self.folder, self.keep_workers, self.keys = name, folder, keep_workers, keys
+        self.federated = config.federated
+        self.config = config.model_copy(
+            update={
+                "federated": None,
+                "training": config.training.model_copy(update={"trainer_type": config.federated.backend}),
+                "seed": site_seed(config.seed, index),
+            }
+        )
+        with torch.device("meta"):
+            self.layout = Layout.of(build_model(config.model))
+        (folder / "weights").mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        self.state = _State(folder / "site.json")
+        self.training: Training | None = None
+        self.done = 0  # the round whose result `training` holds
+        self.masking: Masking | None = None  # of the round that is being summed up
+
+    @property
+    def is_personal(self) -> bool:
+        """Whether the site keeps its batch normalisation."""
+        return self.federated.personalize == "batch_norm"
+
+    def expected(self) -> dict[str, dict[str, Expected]]:
+        """Return the arrays that each kind of letter must have."""
+        weights = {kind: Expected("float32", (size,)) for kind, size in self.layout.sizes.items()}
+        phases: dict[str, dict[str, Expected]] = {kind: {} for kind in PHASES}
+        return {"facts": {}, "settle": {}, "evaluate": weights, "train": weights} | phases
+
+    def answer(self, letter: Letter) -> Letter:
+        """Return the answer to a checked letter.
+
+        Raises: TrainingError for one that is not due; MLError for what keeps the site from its work.
+        """
+        self._admit(letter)
+        match letter.kind:
+            case "facts":
+                return letter.answer(values=self._facts(letter))
+            case "settle":
+                self._settle(letter.values)
+                return letter.answer()
+            case "train" | "evaluate":
+                return self._work(letter)
+            case _:
+                if self.masking is None:
+                    raise TrainingError("no round is being summed up here: refused")
+                return self.masking.answer(letter)
+
+    # Which letters are due.
+
+    def _admit(self, letter: Letter) -> None:
+        """Refuse what was said before, or is beyond what this site has agreed to."""
+        state = self.state
+        if letter.kind == "facts":
+            if letter.session in state.sessions:
+                raise TrainingError(f"session {letter.session[:16]} has begun before: a replayed message is refused")
+            return
+        if letter.session != state.session:
+            raise TrainingError(f"the message is of session {letter.session[:16]}, which is not under way: refused")
+        if letter.kind in ("train", "evaluate"):
+            if state.shared is None:
+                raise TrainingError("no round before the statistics of all sites are known: send settle first")
+            if letter.kind == "train" and letter.round <= state.trained:
+                raise TrainingError(f"round {letter.round} was trained before: a replayed message is refused")
+            last = self.federated.rounds + (letter.kind == "evaluate")
+            if not 1 <= letter.round <= last:
+                raise TrainingError(f"round {letter.round} is beyond the {self.federated.rounds} of this site's kit")
+
+    def _facts(self, letter: Letter) -> dict[str, Any]:
+        """Open a session: check the data, and tell what may be told of it."""
+        task_for(self.config).check_data()
+        facts = collect(self.config)
+        self.state.open(letter.session)
+        return facts.model_dump(mode="json")
+
+    def _settle(self, shared: Mapping[str, Any]) -> None:
+        """Take the statistics of all sites; they become part of this site's configuration."""
+        channels, num_classes = self.config.model.in_channels, self.config.data.num_classes
+        known = {"mean": channels, "std": channels, "class_counts": num_classes}
+        for key, length in known.items():
+            values = shared.get(key)
+            numbers = isinstance(values, list) and all(type(v) in (int, float) and v == v for v in values)
+            if values is not None and not (numbers and len(values) == length):
+                raise TrainingError(f"{key} of all sites must be {length} numbers")
+        if self.config.needs_statistics and (shared.get("mean") is None or min(shared.get("std") or [0]) <= 0):
+            raise TrainingError("mean and std of all sites are needed, with std above 0")
+        num_images = shared.get("num_images")
+        if not isinstance(num_images, int) or num_images < 1:
+            raise TrainingError("the number of all sites' images is missing")
+        self.state.settle({key: shared.get(key) for key in known} | {"num_images": num_images})
+        self.training = None
+
+    def settled(self) -> Config:
+        """Return the site's configuration with the statistics of all sites."""
+        config, shared = self.config, self.state.shared
+        assert shared is not None
+        if config.needs_statistics:
+            config = config.with_statistics(shared["mean"], shared["std"])
+        if config.loss.class_weights == "balanced":
+            weights = balanced_weights(shared["class_counts"])
+            config = config.model_copy(update={"loss": config.loss.model_copy(update={"class_weights": weights})})
+        return config
+
+    # Work.
+
+    def _work(self, letter: Letter) -> Letter:
+        started = time.monotonic()
+        t = self._at(letter.round if letter.kind == "train" else self.done + 1)
+        set_random_state(self.random)  # several sites of a simulation share one process
+        try:
+            self.layout.load(
+                t.network, letter.arrays, self.layout.of_batch_norm if self.is_personal and self.done else ()
+            )
+            arrays, values = self._measured(t) if letter.round > 1 else ({}, {})
+            if self.is_personal and letter.round > 1:
+                save_checkpoint(self.folder / "weights" / PERSONAL, t.checkpoint())
+            if letter.kind == "train":
+                values |= self._train(t, letter)
+                arrays |= self.layout.flatten(t.network)
+        finally:
+            self.random = random_state()
+            if not self.keep_workers:
+                t.train_loader.close()
+                t.val_loader.close()
+        if letter.kind == "train":
+            self._save(letter.round)
+        if not self.federated.secure_aggregation:
+            return letter.answer(arrays, values | {"seconds": time.monotonic() - started})
+        self.masking = Masking(self.name, letter, self._tally(letter, arrays, values), self.keys)
+        plain = {key: values[key] for key in ("backend",) if key in values}
+        return self.masking.begin(letter, plain | {"seconds": time.monotonic() - started})
+
+    def _tally(self, letter: Letter, arrays: dict[str, Any], values: dict[str, Any]) -> Tally:
+        """Return what this site adds to the sum, each part weighted by its share of all sites' images."""
+        assert self.state.shared is not None
+        total = self.state.shared["num_images"]
+        share, part = values.get("num_images", 0) / total, values.get("num_val", 0) / total
+        changes = [
+            share * (arrays[kind].astype(np.float64) - letter.arrays[kind]) if kind in arrays else np.zeros(size)
+            for kind, size in self.layout.sizes.items()
+        ]
+        counts = arrays.get("counts", np.zeros(self.config.data.num_classes**2, np.int64))
+        whole = [values.get(key, 0) for key in ("num_val", "num_images", "num_steps")]
+        losses = [share * values.get("train_loss", 0.0), part * values.get("val_loss", 0.0)]
+        return Tally(np.concatenate(changes), np.array(losses), np.concatenate([counts, whole]).astype(np.int64))
+
+    def _at(self, number: int) -> Training:
+        """Return the training as it was left before round `number`: that in memory, or the newest one on the disk."""
+        if self.training is None or self.done >= number:
+            self.training = t = self._built()
+            self.done = 0
+            for saved, path in sorted(self._saved(), reverse=True):
+                if saved < number:
+                    t.restore(load_checkpoint(path), path)
+                    self.done = saved
+                    break
+            self.random = random_state()
+            for callback in t.callbacks:
+                callback.on_start(t)
+        return self.training
+
+    def _built(self) -> Training:
+        """Build the training anew, as it is before the first round."""
+        config = self.settled()
+        task = task_for(config)
+        num_steps = choose_backend(config).train_order(task).num_steps
+        federated = self.federated
+        self.num_steps = federated.local_steps or (federated.local_epochs or 1) * num_steps  # of a round
+        num_epochs = -(-self.num_steps * federated.rounds // num_steps)
+        training = config.training.model_copy(update={"num_epochs": num_epochs})
+        config = config.model_copy(update={"training": training})
+        backend = choose_backend(config)
+        t = build_training(config, task_for(config), backend, self.folder)
+        if federated.local_steps is not None:  # sites differ in the steps of an epoch: lengths are in rounds then
+            t.schedule = Schedule(config.scheduler, t.optimizer, self.num_steps, federated.rounds)
+        self.ends = RoundEnd()
+        t.callbacks = [one for one in t.callbacks if one.name == "privacy_budget"] + [self.ends]
+        return t
+
+    def _measured(self, t: Training) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the counts and the loss of the weights that came, on this site's validation images."""
+        metric = t.task.metric()
+        scores = evaluate(t, metric)
+        num_val = t.task.num_images("val")
+        return {"counts": metric.counts.cpu().numpy()}, {"val_loss": scores["loss"], "num_val": num_val}
+
+    def _train(self, t: Training, letter: Letter) -> dict[str, Any]:
+        """Take the steps of a round; return what is told of them."""
+        first, per_epoch = (letter.round - 1) * self.num_steps, t.train_loader.num_steps
+        t.backend.rekey(f"{letter.round}".encode() + letter.arrays["parameters"].tobytes())
+        t.progress = Progress(first // per_epoch, first, first % per_epoch)
+        t.schedule.load_state_dict(t.schedule.state_dict() | {"num_steps": first})
+        if self.ends.refusal:
+            raise TrainingError(f"{self.name} takes part no longer: {self.ends.refusal}")
+        t.stop, self.ends.last_step = "", first + self.num_steps
+        plain, near = t.criterion, _proximal(self.federated.strategy)
+        t.criterion = Proximal(plain, t.network, near) if near else plain
+        loss_sum = num_samples = 0.0
+        while t.progress.step < self.ends.last_step and not t.stop:
+            scores = train_epoch(t)
+            loss_sum += scores["loss"] * t.progress.num_samples
+            num_samples += t.progress.num_samples
+            whole = t.progress.epoch_step == per_epoch
+            t.progress = Progress(t.progress.epoch + whole, t.progress.step, 0 if whole else t.progress.epoch_step)
+        t.criterion = plain
+        if t.stop != self.ends.reached:  # the budget of dp: what was trained so far still counts
+            self.ends.refusal = t.stop
+        values = {"num_images": t.task.num_images("train"), "num_steps": t.progress.step - first}
+        values["train_loss"] = loss_sum / max(num_samples, 1)
+        return values | {"backend": t.backend.metrics()}
+
+    # The disk.
+
+    def _save(self, number: int) -> None:
+        """Keep what this site must remember of a round, before its weights leave it."""
+        t = self.training
+        assert t is not None
+        contents = t.checkpoint()
+        t.backend.before_save(self.folder)
+        save_checkpoint(self.folder / "weights" / f"round_{number}.pt", contents)
+        self.done = number
+        self.state.train(number)
+        of_before = sorted(saved for saved in self._saved() if saved[0] <= number)[-KEPT:]
+        for saved in set(self._saved()) - set(of_before):  # later ones are of a round that is done again
+            saved[1].unlink(missing_ok=True)
+
+    def _saved(self) -> list[tuple[int, Path]]:
+        found = (self.folder / "weights").glob("round_*.pt")
+        return [(int(path.stem.removeprefix("round_")), path) for path in found if path.stem[6:].isdigit()]
+
+
+class RoundEnd(Callback):
+    """Ends the loop with the last step of a round."""
+
+    name, reached = "round_end", "end of the round"
+
+    def __init__(self) -> None:
+        self.last_step = 0
+        self.refusal = ""  # why no further round is trained
+
+    def on_step(self, t: Training, num_samples: int) -> None:
+        if t.progress.step >= self.last_step and not t.stop:
+            t.stop = self.reached
+
+
+class Proximal(nn.Module):
+    """A loss and mu / 2 * |w - w_global|^2, over all parameters (FedProx, Li et al. 2020, equation 2)."""
+
+    def __init__(self, criterion: nn.Module, network: nn.Module, mu: float) -> None:
+        super().__init__()
+        self.criterion, self.mu = criterion, mu
+        self.weights = list(network.parameters())
+        self.reference = [p.detach().clone() for p in self.weights]
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits (N, C, H, W) and targets (N, H, W) as the loss takes them; a scalar."""
+        pairs = zip(self.weights, self.reference, strict=True)
+        distance = torch.stack([(p - before).square().sum() for p, before in pairs]).sum()
+        loss: Tensor = self.criterion(logits, targets) + self.mu / 2 * distance
+        return loss
+
+
+def _proximal(strategy: Any) -> float:
+    return float(getattr(strategy, "proximal_mu", 0.0))
+
+
+class _State:
+    """What a site remembers of its sessions: a small JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.sessions: list[str] = []
+        self.trained = 0
+        self.shared: dict[str, Any] | None = None
+        if path.exists():
+            try:
+                stored = json.loads(path.read_bytes())
+                self.sessions, self.trained, self.shared = stored["sessions"], stored["trained"], stored["shared"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{path} is damaged: put it back, or remove this site's folder to begin anew"
+                ) from error
+
+    @property
+    def session(self) -> str:
+        """The one under way; empty before the first."""
+        return self.sessions[-1] if self.sessions else ""
+
+    def open(self, session: str) -> None:
+        """Begin a session: the server has been started anew, and may ask for its last round again."""
+        self.sessions, self.trained, self.shared = [*self.sessions, session], 0, None
+        self._write()
+
+    def settle(self, shared: dict[str, Any]) -> None:
+        self.shared = shared
+        self._write()
+
+    def train(self, number: int) -> None:
+        self.trained = number
+        self._write()
+
+    def _write(self) -> None:
+        write_json(self.path, {"sessions": self.sessions, "trained": self.trained, "shared": self.shared})
