@@ -98,8 +98,8 @@ def _federated_problems(config: "Config", federated: "FederatedConfig") -> list[
     """What a federation cannot do."""
     training, strategy, group = config.training, federated.strategy.type, config.model.norm == "group"
     number = federated.num_sites or (len(federated.sites) if federated.sites is not None else None)
-    monitors = [config.scheduler, *training.callbacks]
-    of_training = [m.monitor for m in monitors if not getattr(m, "monitor", "val_").startswith("val_")]
+    monitors = [str(getattr(section, "monitor", "val_")) for section in (config.scheduler, *training.callbacks)]
+    of_training = [word for word in monitors if not word.startswith("val_")]
     top_k = [one.save_top_k for one in training.callbacks if one.type == "model_checkpoint"]
     wrong = {
         "federated: give sites or num_sites, not both": federated.sites is not None and federated.num_sites is not None,

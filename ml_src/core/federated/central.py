@@ -9,7 +9,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from ml_src.core.errors import ConfigError, TrainingError
 from ml_src.core.federated.aggregation import Update, norm
 from ml_src.core.federated.layout import Arrays
 from ml_src.core.federated_specs import CentralDP
-from ml_src.core.trainers.dp.ledger import Accountant, Ledger, Unit, privacy_report, read_privacy
+from ml_src.core.trainers.dp.ledger import Accountant, Ledger, privacy_report, read_privacy
 from ml_src.core.trainers.dp.noise import Noise
 
 ACCOUNTANT: Accountant = "prv"  # at a sample rate of 1 within 1 % of the exact epsilon
@@ -113,8 +113,7 @@ class CentralPrivacy:
 
     def report(self) -> dict[str, Any]:
         """Return the contents of privacy.json; write it before the weights that it is the price of."""
-        unit = cast(Unit, "site")
-        report = privacy_report(self.ledger, self.config.target_delta, ACCOUNTANT, unit, NOT_COVERED, {})
+        report = privacy_report(self.ledger, self.config.target_delta, ACCOUNTANT, "site", NOT_COVERED, {})
         return report | {"adjacency": "one site, of a list that is public, takes part in all rounds or in none"}
 
     def recover(self, path: Path) -> None:

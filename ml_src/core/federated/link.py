@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 from ml_src.core.errors import MLError
 from ml_src.core.federated.wire import Expected, Letter, WireError, from_record, to_record
 
-POLL = 0.05  # seconds
+POLL, LOOK = 0.05, 1.0  # seconds between two looks for answers, and for who is connected
 
 
 class Answer(NamedTuple):
@@ -24,10 +24,19 @@ class Answer(NamedTuple):
 
 
 class Link:
-    """The sites that are connected, by name."""
+    """The sites that are connected, by name.
 
-    def __init__(self, grid: Grid, nodes: Callable[[], Mapping[str, int]]) -> None:
-        self.grid, self.nodes = grid, nodes
+    nodes: name -> Flower's number of the node. since: name -> when it connected; a site that has connected anew in the
+    meantime has lost its letter.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        nodes: Callable[[], Mapping[str, int]],
+        since: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
+        self.grid, self.nodes, self.since = grid, nodes, since
 
     def ask(
         self, letters: Mapping[str, Letter], expected: Mapping[str, Mapping[str, Expected]], timeout: float
@@ -36,7 +45,8 @@ class Link:
 
         An answer is checked against `expected` and must be to this very letter.
         """
-        started, nodes = time.monotonic(), self.nodes()
+        started = looked = time.monotonic()
+        nodes, since = self.nodes(), self.since()
         records = {id(letter): to_record(letter) for letter in letters.values()}  # most have the same
         sites = [site for site in letters if site in nodes]
         for site in letters.keys() - set(sites):
@@ -60,6 +70,10 @@ class Link:
                     yield _answer(site, letters[site], reply, expected, time.monotonic() - started)
             if not replies:
                 time.sleep(POLL)
+            if time.monotonic() - looked > LOOK:
+                looked, now = time.monotonic(), self.since()
+                for key in [key for key, site in waiting.items() if now.get(site) != since.get(site)]:
+                    yield Answer(waiting.pop(key), None, "was started anew, and has lost its message")
         for site in waiting.values():
             yield Answer(site, None, f"has not answered within {timeout:g} s")
 

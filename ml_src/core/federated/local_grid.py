@@ -14,7 +14,7 @@ Answer = Callable[[Message], Message]
 
 
 @dataclass
-class LocalGrid(Grid):
+class LocalGrid(Grid):  # type: ignore[misc]
     """Nodes that answer in turn: the next one works when its reply is asked for.
 
     Two private details of Flower 1.41 are used: a Message wants a TaskIdentity, and its id is set in its metadata.

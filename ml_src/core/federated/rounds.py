@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ml_src.core.atomic import write_json
 from ml_src.core.config import Config
 from ml_src.core.device import seed_everything
-from ml_src.core.errors import TrainingError
+from ml_src.core.errors import ConfigError, TrainingError
 from ml_src.core.federated import facts
 from ml_src.core.federated.aggregation import Aggregator, Update, least_sites, norm, sound
 from ml_src.core.federated.central import CentralPrivacy
@@ -30,6 +30,7 @@ from ml_src.core.federated.link import Answer, Link
 from ml_src.core.federated.secure import SecureError
 from ml_src.core.federated.secure_round import secure_sum
 from ml_src.core.federated.wire import Expected, Letter
+from ml_src.core.metrics.segmentation import Matrix
 from ml_src.core.network import build_model
 from ml_src.core.tasks import task_for
 
@@ -53,6 +54,13 @@ class Federation:
         self.num_chosen = min(max(round(self.federated.fraction * num_sites), self.federated.quorum), num_sites)
         central = self.federated.central_dp
         self.privacy = None if central is None else CentralPrivacy(central, self.num_chosen)
+        if self.num_chosen < least_sites(self.federated):
+            raise ConfigError(
+                f"federated.strategy {self.federated.strategy.type} needs {least_sites(self.federated)} sites in a "
+                f"round, and there are {self.num_chosen}: choose another one"
+            )
+        if self.privacy is not None and self.layout.buffers:
+            raise ConfigError("federated.central_dp protects weights, not running statistics: use model.norm group")
         self.journal = Journal(config, run_dir)
         self.round = 0
         self.num_images: dict[str, int] = {}  # training images of the sites of this session
@@ -126,7 +134,7 @@ class Federation:
         fingerprint = facts.merge(parsed, self.config)
         if self.journal.fingerprint is None:  # of the first session; later ones go on with the same numbers
             self.journal.begin(fingerprint)
-        known = self.journal.fingerprint
+        known = self.journal.fingerprint or fingerprint
         self.total_images = sum({**known.num_images, **fingerprint.num_images}.values())
         values = {
             "mean": known.mean,
@@ -335,6 +343,27 @@ class Federation:
         else:
             self._measured(self.round, self._wave(self.round + 1, present, []))
         self.journal.save(self._state())
+
+    def measure(self, state_dict: Mapping[str, Any]) -> dict[str, tuple[Matrix, dict[str, Matrix]]]:
+        """Let the sites measure weights on their validation and test images, at the images' own size.
+
+        Returns the confusion matrix over all, (classes, classes), and that of each site: by `val` and `test`. Under
+        secure aggregation, which hides the matrices of single sites, there is none.
+        """
+        self.network.load_state_dict(state_dict)
+        present = sorted(set(self.num_images) & set(self.link.nodes()))
+        if self._is_secure or not present:
+            return {}
+        num_classes = self.config.data.num_classes
+        letter = Letter("measure", self.session, self.round, self.layout.flatten(self.network))
+        matrix = Expected("int64", (num_classes, num_classes))
+        told = self._ask(dict.fromkeys(present, letter), {"measure": {"val": matrix, "test": matrix}})
+        found = {}
+        for split in ("val", "test"):
+            of_sites = {answer.site: one.arrays[split] for answer, one in told if one.arrays[split].any()}
+            if of_sites:
+                found[split] = (np.sum(list(of_sites.values()), axis=0), of_sites)
+        return found
 
 
 @dataclass

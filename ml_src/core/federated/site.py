@@ -24,6 +24,9 @@ from ml_src.core.federated.facts import collect
 from ml_src.core.federated.layout import Layout
 from ml_src.core.federated.secure_round import PHASES, Keys, Masking, Tally
 from ml_src.core.federated.wire import Expected, Letter
+from ml_src.core.inference.measure import Measuring, compare_split
+from ml_src.core.inference.predictor import Options
+from ml_src.core.inference.torch_member import TorchMember, placed
 from ml_src.core.losses.segmentation import balanced_weights
 from ml_src.core.network import build_model
 from ml_src.core.optim import Schedule
@@ -70,6 +73,7 @@ class Site:
         remove_leftovers(folder)
         self.state = _State(folder / "site.json")
         self.training: Training | None = None
+        self.random: dict[str, Any] = {}  # the state of the generators, between two letters
         self.done = 0  # the round whose result `training` holds
         self.masking: Masking | None = None  # of the round that is being summed up
 
@@ -82,7 +86,7 @@ class Site:
         """Return the arrays that each kind of letter must have."""
         weights = {kind: Expected("float32", (size,)) for kind, size in self.layout.sizes.items()}
         phases: dict[str, dict[str, Expected]] = {kind: {} for kind in PHASES}
-        return {"facts": {}, "settle": {}, "evaluate": weights, "train": weights} | phases
+        return {"facts": {}, "settle": {}, "evaluate": weights, "train": weights, "measure": weights} | phases
 
     def answer(self, letter: Letter) -> Letter:
         """Return the answer to a checked letter.
@@ -98,6 +102,8 @@ class Site:
                 return letter.answer()
             case "train" | "evaluate":
                 return self._work(letter)
+            case "measure":
+                return self._measure(letter)
             case _:
                 if self.masking is None:
                     raise TrainingError("no round is being summed up here: refused")
@@ -114,7 +120,9 @@ class Site:
             return
         if letter.session != state.session:
             raise TrainingError(f"the message is of session {letter.session[:16]}, which is not under way: refused")
-        if letter.kind in ("train", "evaluate"):
+        if self.federated.secure_aggregation and letter.kind == "measure":
+            raise TrainingError("secure aggregation hides the scores of single sites: refused")
+        if letter.kind in ("train", "evaluate", "measure"):
             if state.shared is None:
                 raise TrainingError("no round before the statistics of all sites are known: send settle first")
             if letter.kind == "train" and letter.round <= state.trained:
@@ -187,6 +195,22 @@ class Site:
         plain = {key: values[key] for key in ("backend",) if key in values}
         return self.masking.begin(letter, plain | {"seconds": time.monotonic() - started})
 
+    def _measure(self, letter: Letter) -> Letter:
+        """Measure weights on the validation and test images at their own size; what leaves is a matrix of counts."""
+        t = self._at(self.done + 1)
+        self.layout.load(t.network, letter.arrays, self.layout.of_batch_norm if self.is_personal else ())
+        config, path = self.settled(), self.folder / "weights"
+        member = TorchMember(path=path, config=config, network=placed(t.network, t.device), device=t.device)
+        splits, num_classes = t.task.measured_splits(), config.data.num_classes
+        options, steps = Options(batch_size=config.training.batch_size), config.inference.postprocess
+        arrays = {
+            split: compare_split([member], split, options, steps, Measuring()).matrix
+            if split in splits
+            else np.zeros((num_classes, num_classes), np.int64)
+            for split in ("val", "test")
+        }
+        return letter.answer(arrays)
+
     def _tally(self, letter: Letter, arrays: dict[str, Any], values: dict[str, Any]) -> Tally:
         """Return what this site adds to the sum, each part weighted by its share of all sites' images."""
         assert self.state.shared is not None
@@ -252,7 +276,7 @@ class Site:
         t.stop, self.ends.last_step = "", first + self.num_steps
         plain, near = t.criterion, _proximal(self.federated.strategy)
         t.criterion = Proximal(plain, t.network, near) if near else plain
-        loss_sum = num_samples = 0.0
+        loss_sum, num_samples = 0.0, 0
         while t.progress.step < self.ends.last_step and not t.stop:
             scores = train_epoch(t)
             loss_sum += scores["loss"] * t.progress.num_samples

@@ -4,15 +4,16 @@ import datetime
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cryptography import x509
 
 from ml_src.core.errors import ConfigError, DataError, MLError
-from ml_src.core.federated.kits import SiteKit, others_may_read, public_pem, read_site_kit
+from ml_src.core.federated.kits import ServerKit, SiteKit, others_may_read, public_pem, read_site_kit
 from ml_src.core.federated.processes.hello import Hello, say_hello
 
-MAX_CLOCK_DIFFERENCE = 60.0  # seconds; the server refuses signatures that are five minutes old, or of the future
+MAX_AHEAD, MAX_BEHIND = 3.0, 240.0  # seconds; the server refuses signatures of 5 s from now, or of 305 s ago
 UNKNOWN_KEY = "the server {server} does not know the key of {name}: ask who runs it whether this kit is an old one"
 
 
@@ -38,19 +39,35 @@ def check_site(folder: Path, data_dir: Path) -> Iterator[Finding]:
     yield (config := _try("configuration", lambda: _check_config(kit)))
     if config.problem is None:
         yield _try("data", lambda: _check_data(kit, data_dir))
-    yield _try("key", lambda: _check_key(kit))
+    yield _try("key", lambda: _check_site_key(kit))
     yield _try("certificate", lambda: _check_certificate(kit))
     hello: list[Hello] = []
     yield _try("server", lambda: hello.append(say_hello(kit, kit.name)))
     for said in hello:
-        yield _try("clock", lambda said=said: _check_clock(said))
-        yield _try("registration", lambda said=said: _check_registration(kit, said))
+        yield _try("clock", partial(_check_clock, said))
+        yield _try("registration", partial(_check_registration, kit, said))
 
 
-def require_kit(kit: SiteKit) -> None:
-    """Raise what makes a kit useless, before anything is started: its configuration, its key, its certificate."""
-    for check in (_check_config, _check_key, _check_certificate):
-        check(kit)
+def require_kit(kit: SiteKit | ServerKit) -> None:
+    """Check what makes a kit useless, before anything is started: its configuration, its key, its certificate.
+
+    Raises: ConfigError, DataError.
+    """
+    _check_config(kit)
+    if isinstance(kit, SiteKit):
+        _check_site_key(kit)
+    else:
+        _check_key(kit)
+    _check_certificate(kit)
+
+
+def require_welcome(kit: SiteKit, said: Hello) -> None:
+    """Check that the server will take what this site signs.
+
+    Raises: ConfigError.
+    """
+    _check_clock(said)
+    _check_registration(kit, said)
 
 
 def _try(subject: str, check: Callable[[], object]) -> Finding:
@@ -63,7 +80,7 @@ def _try(subject: str, check: Callable[[], object]) -> Finding:
     return Finding(subject, None)
 
 
-def _check_config(kit: SiteKit) -> None:
+def _check_config(kit: SiteKit | ServerKit) -> None:
     if kit.config().training.trainer_type != "federated":
         raise ConfigError(f"{kit.folder / 'config.yaml'} trains no federation: ask for the kit again")
 
@@ -74,17 +91,23 @@ def _check_data(kit: SiteKit, data_dir: Path) -> None:
     task_for(kit.config(data_dir)).check_data()
 
 
-def _check_key(kit: SiteKit) -> None:
-    key = kit.signing_key()
+def _check_key(kit: SiteKit | ServerKit) -> None:
+    if not kit.key.is_file():
+        raise DataError(f"{kit.key} is missing: ask for the kit again")
     if others_may_read(kit.key):
         raise DataError(f"{kit.key} can be read by others: chmod 600 {kit.key}")
+
+
+def _check_site_key(kit: SiteKit) -> None:
+    _check_key(kit)
+    key = kit.signing_key()
     if kit.name not in kit.public_keys:
         raise DataError(f"{kit.folder / 'keys'} has no key of {kit.name}: ask for the kit again")
     if public_pem(key.public_key()) != public_pem(kit.public_keys[kit.name]):
         raise DataError(f"{kit.key} is not the key of {kit.name}: ask for the kit again")
 
 
-def _check_certificate(kit: SiteKit) -> None:
+def _check_certificate(kit: SiteKit | ServerKit) -> None:
     try:
         certificate = x509.load_pem_x509_certificate(kit.ca.read_bytes())
     except ValueError:
@@ -100,7 +123,7 @@ def _check_certificate(kit: SiteKit) -> None:
 
 def _check_clock(said: Hello) -> None:
     ahead = time.time() - said.time
-    if abs(ahead) > MAX_CLOCK_DIFFERENCE:
+    if not -MAX_BEHIND < ahead < MAX_AHEAD:
         word = "ahead of" if ahead > 0 else "behind"
         raise ConfigError(f"this machine is {abs(ahead):.0f} s {word} the server: set the clock (NTP) here or there")
 

@@ -1,9 +1,10 @@
 """All that these processes use of Flower's inside; it follows flwr 1.41.0, and its version is fixed for that reason.
 
 Starting runs: `cli/run/run.py`, `cli/supernode/register.py`. Waiting for the task of a run or of a message:
-`supercore/superexec/run_superexec.py`. Doing it: `superlink/runtime/run_serverapp.py`, `supernode/runtime/run_clientapp.py`.
-The difference: those install the app that comes with a run and start a process to execute it. Here the app is empty, and
-a function of ours that is installed already takes its place, so that nothing which crosses the network is ever executed.
+`supercore/superexec/run_superexec.py`. Doing it: `superlink/runtime/run_serverapp.py` at the server,
+`supernode/runtime/run_clientapp.py` at a site. The difference: those install the app that comes with a run and start a
+process to execute it. Here the app is empty, and a function of ours that is installed already takes its place, so that
+nothing which crosses the network is ever executed.
 """
 
 import time
@@ -28,7 +29,7 @@ from flwr.proto.runtime_pb2 import (
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
 )
-from flwr.supercore.constant import TaskType
+from flwr.supercore.constant import TaskType as TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.interceptors import (
@@ -75,7 +76,7 @@ class _Token:
     def __init__(self, token: str) -> None:
         self._token = token
 
-    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> Any:
         context.request.headers[TOKEN_HEADER] = self._token
         return call_next(context)
 
@@ -151,16 +152,17 @@ def grid_of_run(kit: ServerKit, superexec_secret: bytes) -> "Iterator[Grid]":
 
 def connected_sites(grid: "Grid", kit: Kit) -> dict[str, int]:
     """Return the sites that are connected, as name -> node; the name is that of the key with which a node signs."""
-    names = {public_pem(key): name for name, key in kit.public_keys.items()}
-    return {names[node.public_key]: int(node.node_id) for node in grid.get_nodes() if node.public_key in names}
+    return {name: int(node.node_id) for name, node in _nodes(grid, kit)}
 
 
 def connected_since(grid: "Grid", kit: Kit) -> dict[str, str]:
     """Return since when each connected site is. Where that changes, the site began anew, and its messages are lost."""
+    return {name: str(node.last_activated_at) for name, node in _nodes(grid, kit)}
+
+
+def _nodes(grid: "Grid", kit: Kit) -> list[tuple[str, Any]]:
     names = {public_pem(key): name for name, key in kit.public_keys.items()}
-    return {
-        names[node.public_key]: str(node.last_activated_at) for node in grid.get_nodes() if node.public_key in names
-    }
+    return [(names[node.public_key], node) for node in grid.get_nodes() if node.public_key in names]
 
 
 def task_client(address: str, superexec_secret: bytes) -> RuntimeHttpClient:

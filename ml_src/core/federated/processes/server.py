@@ -1,7 +1,7 @@
 """`ml-federated server`: starts Flower's SuperLink, leads the rounds in this process, and ends both together.
 
 The SuperLink keeps its state in memory, which makes a round twice as fast as its database does. What has to outlive it
-is in the journal of the rounds; a new one finds all sites again, as they begin anew when it does not know their session.
+is in the journal of the rounds; sites that the next one does not know connect anew by themselves.
 """
 
 import logging
@@ -17,6 +17,7 @@ from pathlib import Path
 from ml_src.core import atomic
 from ml_src.core.errors import ConfigError, TrainingError
 from ml_src.core.federated.kits import ServerKit, public_pem, read_server_kit
+from ml_src.core.federated.processes.checks import require_kit
 from ml_src.core.federated.processes.children import Child, ending, sigterm_as_interrupt
 from ml_src.core.federated.processes.hello import UnreachableError, say_hello
 from ml_src.core.federated.processes.worker import named
@@ -33,7 +34,7 @@ def serve(folder: Path, lead: str = LEAD) -> None:
     Raises: ConfigError where the folder is no server kit or is in use, TrainingError where the SuperLink ends.
     """
     kit = read_server_kit(folder)
-    kit.config()
+    require_kit(kit)
     with atomic.only_writer(kit.state), logging_to(kit.state / "server.log"), sigterm_as_interrupt():
         set_environment(kit.state)
         secret = _write_secrets(kit)
@@ -134,6 +135,8 @@ def set_environment(state: Path) -> None:
         "FLWR_HOME": str(state / "flwr"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "NO_PROXY": "*",  # a proxy would be asked for 127.0.0.1 too
+        "no_proxy": "*",
         "PYTHONUNBUFFERED": "1",
     }
 

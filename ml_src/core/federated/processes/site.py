@@ -11,7 +11,7 @@ from ml_src.core.errors import TrainingError
 from ml_src.core.federated.kits import SiteKit, read_site_kit
 from ml_src.core.federated.processes import checks
 from ml_src.core.federated.processes.children import Child, ending, sigterm_as_interrupt
-from ml_src.core.federated.processes.hello import RefusedError, UnreachableError, say_hello
+from ml_src.core.federated.processes.hello import UnreachableError, say_hello
 from ml_src.core.federated.processes.server import logging_to, set_environment, write_private
 
 ANSWERER = "ml_src.core.federated.client.answer_from_kit"
@@ -25,8 +25,8 @@ def take_part(folder: Path, data_dir: Path, answerer: str = ANSWERER) -> None:
 
     answerer: the dotted name of a function that is called with (kit's folder, data folder) and returns what answers a
     message: a function of (message, context).
-    Raises: ConfigError and DataError where the kit or the data are not in order, RefusedError where the server is the
-    wrong one or does not know this site.
+    Raises: ConfigError and DataError where the kit, its data or the clock are not in order, or the server does not know
+    this site; RefusedError where it is the wrong server; TrainingError where the worker ends.
     """
     kit = read_site_kit(folder)
     checks.require_kit(kit)
@@ -48,7 +48,7 @@ def take_part(folder: Path, data_dir: Path, answerer: str = ANSWERER) -> None:
                 while node.running:
                     _require_running(worker)
                     time.sleep(0.1)
-                log.info("the connection to the server %s has ended", kit.address)
+                log.info("the connection to the server has ended, and is made anew; %s says why", node.log)
                 if time.monotonic() - t0 < STEADY:
                     time.sleep(FIRST_WAIT)
 
@@ -56,13 +56,12 @@ def take_part(folder: Path, data_dir: Path, answerer: str = ANSWERER) -> None:
 def _wait_for_server(kit: SiteKit, worker: Child) -> None:
     """Return when the server is there and knows this site.
 
-    Raises: RefusedError where it will never be.
+    Raises: RefusedError and ConfigError where that will never be.
     """
     wait = 0.0
     while True:
         try:
-            if not say_hello(kit, kit.name).known:
-                raise RefusedError(checks.UNKNOWN_KEY.format(server=kit.address, name=kit.name))
+            checks.require_welcome(kit, say_hello(kit, kit.name))
             return
         except UnreachableError as error:
             if not wait:

@@ -104,9 +104,8 @@ class _Counted:
 
 def _from_this_machine(scope: Message) -> bool:
     """Judge by the other end of the socket, whatever headers say."""
-    client = scope.get("client")
     try:
-        return bool(client) and ipaddress.ip_address(client[0]).is_loopback
+        return ipaddress.ip_address((scope.get("client") or ("",))[0]).is_loopback
     except ValueError:
         return False
 

@@ -26,11 +26,15 @@ def main() -> None:
 
     import httpx
 
+    from ml_src.core.errors import MLError
     from ml_src.core.federated.kits import read_site_kit
     from ml_src.core.federated.processes import runtime
 
     kit = read_site_kit(Path(kit_folder))
-    answer = named(maker)(kit.folder, Path(data_dir))
+    try:
+        answer = named(maker)(kit.folder, Path(data_dir))
+    except MLError as error:
+        sys.exit(str(error))
     client = runtime.task_client(address, Path(secret_file).read_bytes())
     log.info("ready")
     while True:

@@ -22,7 +22,7 @@ from opacus.accountants.analysis import rdp as renyi
 from ml_src.core.errors import ConfigError, TrainingError
 
 Accountant = Literal["prv", "rdp"]
-Unit = Literal["image", "patient"]
+Unit = Literal["image", "patient", "site"]
 
 # Opacus stops at 63, which triples epsilon where the noise is large
 ORDERS = [1 + x / 10 for x in range(1, 100)] + list(range(11, 64)) + [64, 80, 96, 128, 192, 256, 384, 512, 768, 1024]

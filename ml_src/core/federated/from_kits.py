@@ -1,0 +1,116 @@
+"""Real sites: from the folders of `ml-federated init` to a Federation at the server and a Site at each hospital.
+
+Next to read: `processes/server.py` and `processes/site.py`, which call these two.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_src.core.federated.flower  # noqa: F401  # before flwr
+from flwr.app import Context, Message
+from flwr.serverapp import Grid
+from ml_src.core.allocator import keep_freed_memory
+from ml_src.core.atomic import remove_leftovers, write_json, write_text
+from ml_src.core.checkpoint import load_checkpoint, previous_of
+from ml_src.core.config import Config
+from ml_src.core.config_file import parse_config, to_yaml
+from ml_src.core.errors import CheckpointError
+from ml_src.core.federated import client
+from ml_src.core.federated.kits import read_server_kit, read_site_kit
+from ml_src.core.federated.link import Link
+from ml_src.core.federated.processes.runtime import connected_since, connected_sites
+from ml_src.core.federated.rounds import Federation
+from ml_src.core.federated.secure_round import Keys
+from ml_src.core.federated.site import Site
+from ml_src.core.metrics.segmentation import summarize
+from ml_src.core.plugins import import_plugins
+from ml_src.core.trainers.resume import checkpoint_of
+
+RUN = "run"  # the run folder in a kit, as of any training
+log = logging.getLogger("ml_src")
+
+
+def lead(grid: Grid, folder: Path) -> None:
+    """Lead the rounds of a server kit, from where its journal stands, and write what came of them."""
+    keep_freed_memory()
+    kit = read_server_kit(folder)
+    config, run_dir = kit.config(), kit.folder / RUN
+    import_plugins(config.plugins)
+    for name in ("weights", "logs"):
+        (run_dir / name).mkdir(parents=True, exist_ok=True)
+        remove_leftovers(run_dir / name)
+    if (run_dir / "metrics.json").exists():
+        log.info("this federation has ended: see %s; new kits train anew", run_dir / "summary.txt")
+        return
+    link = Link(grid, lambda: connected_sites(grid, kit), lambda: connected_since(grid, kit))
+    federation = Federation(config, link, run_dir, len(kit.public_keys))
+    last = run_dir / "weights" / "last.pt"
+    if last.exists() or previous_of(last).exists():
+        path = checkpoint_of(run_dir)
+        contents = load_checkpoint(path)
+        _require_same(parse_config(contents["config"], source=str(path)), config, path)
+        federation.restore(contents)
+        log.info("going on after round %d", federation.round)
+    write_text(run_dir / "config.yaml", to_yaml(config))
+    try:
+        federation.run()
+        _conclude(federation, run_dir)
+    finally:
+        federation.journal.close()
+
+
+def _require_same(before: Config, now: Config, path: Path) -> None:
+    assert now.federated is not None
+    old = before.federated
+    if old is None or old.model_copy(update={"rounds": now.federated.rounds}) != now.federated:
+        raise CheckpointError(f"{path} was trained with another section federated: put config.yaml back as it was")
+
+
+def _conclude(federation: Federation, run_dir: Path) -> None:
+    """Let the sites measure the best weights at the images' own size, and write summary.txt and metrics.json."""
+    config, journal = federation.config, federation.journal
+    best = load_checkpoint(run_dir / "weights" / "best.pt")
+    measured = federation.measure(best["model_state_dict"])
+    reports = {
+        split: {site: summarize(counts, config.ignore_index) for site, counts in {**of_sites, "all": total}.items()}
+        for split, (total, of_sites) in measured.items()
+    }
+    lines = [f"{run_dir}: best round {best['epoch']} of {len(journal.rounds)}, {journal.seconds() / 60:.1f} min"]
+    lines += [f"Stopped early: {journal.stop}."] if journal.stop else []
+    for split, scores in reports.items():
+        lines += ["", f"{split}, at the images' own size:"]
+        lines += [f"  {name}: mean IoU {one['iou']:.4f}, mean Dice {one['dice']:.4f}" for name, one in scores.items()]
+    write_text(run_dir / "summary.txt", "\n".join(lines) + "\n")
+    contents = {"best_epoch": best["epoch"], "num_epochs": len(journal.rounds), "seconds": journal.seconds()}
+    write_json(run_dir / "metrics.json", contents | {split: _plain(scores) for split, scores in reports.items()})
+    for line in lines:
+        log.info(line)
+
+
+def _plain(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Scores as JSON has them, which knows no NaN."""
+    return {
+        site: {key: value if value == value else None for key, value in one.items()} for site, one in scores.items()
+    }
+
+
+def answerer(folder: Path, data_dir: Path) -> Callable[[Message, Context], Message]:
+    """Return what answers the messages of a federation with the images of `data_dir`; called once a process."""
+    keep_freed_memory()
+    kit = read_site_kit(folder)
+    config = kit.config(data_dir)
+    import_plugins(config.plugins)
+    names = list(kit.public_keys)
+    keys = Keys(kit.signing_key(), {name: key for name, key in kit.public_keys.items() if name != kit.name})
+    site = Site(kit.name, _private(config), kit.folder / RUN, names.index(kit.name), keys=keys)
+    return lambda message, context: client.answer(site, message)
+
+
+def _private(config: Config) -> Config:
+    """Take the noise of dp from the system: the server has the configuration, and must not be able to repeat it."""
+    if config.training.dp is None:
+        return config
+    dp = config.training.dp.model_copy(update={"secure": True})
+    return config.model_copy(update={"training": config.training.model_copy(update={"dp": dp})})
