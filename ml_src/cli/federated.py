@@ -52,8 +52,18 @@ def _require_sense(args: argparse.Namespace) -> None:
 
 def _federated(argv: Sequence[str]) -> int:
     args = _arguments(argv)
+    _require_extra()
     uses = {"init": _init, "server": _server, "site": _site, "status": _status}
     return uses[args.use](args)
+
+
+def _require_extra() -> None:
+    from importlib.util import find_spec
+
+    from ml_src.core.errors import ConfigError
+
+    if find_spec("flwr") is None or find_spec("cryptography") is None:
+        raise ConfigError("ml-federated needs Flower, which is not installed: run pip install 'ml-src[federated]'")
 
 
 def _init(args: argparse.Namespace) -> int:

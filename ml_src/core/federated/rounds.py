@@ -4,6 +4,7 @@ It sees no image. A round is one message a site: the site measures the weights o
 Next to read: `aggregation.py`, how updates become one; `journal.py`, what is on the disk when a round counts.
 """
 
+import json
 import logging
 import math
 import secrets
@@ -203,7 +204,7 @@ class Federation:
         """Ask every site for its update or its scores, and return what can be used."""
         answers = self._wave(number, present, chosen)
         self._measured(number - 1, answers)
-        found = Found()
+        found = Found(privacy=_privacy(answers))
         for answer, letter in answers:
             if letter.kind == "train":
                 update = Update(
@@ -242,7 +243,7 @@ class Federation:
         total = self.total_images
         if number > 1:
             self._enter(number - 1, tally.counts[:-3], float(tally.losses[1]) * total / max(num_val, 1), {})
-        found = Found(num_images=num_images)
+        found = Found(num_images=num_images, privacy=_privacy(opened))
         found.sites = {a.site: self._told(a, one, None) for a, one in opened if a.site in survivors}
         if num_images:
             mean = tally.change * total / num_images
@@ -277,7 +278,7 @@ class Federation:
         total = found.num_images or sum(update.num_images for update in found.updates)
         if self.privacy is not None:
             parameters = self.privacy.release(before[0], found.updates)
-            write_json(self.journal.run_dir / "privacy.json", self.privacy.report())  # the price, before the weights
+            self._write_privacy(found)
             after = self.aggregator.combine_mean(number, before, parameters, {}, total)
         elif found.change is not None:
             mean = {kind: (self.weights[kind] + change).astype(np.float32) for kind, change in found.change.items()}
@@ -285,6 +286,8 @@ class Federation:
             after = self.aggregator.combine_mean(number, before, named[0], named[1], total)
         else:
             after = self.aggregator.combine(number, before, found.updates)
+        if found.privacy:
+            self._write_privacy(found)
         self.weights = {
             "parameters": self.layout.joined("parameters", after[0]),
             "buffers": self.layout.joined("buffers", after[1]),
@@ -302,6 +305,18 @@ class Federation:
         if self.privacy is not None:
             entry["epsilon"] = self.privacy.epsilon()
         self.journal.commit(entry, self._state())
+
+    def _write_privacy(self, found: "Found") -> None:
+        """Write what this run has cost, of whole sites and at each of them, before its weights are written."""
+        path = self.journal.run_dir / "privacy.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        sites = before.get("sites", {}) | found.privacy
+        epsilons = [report.get("epsilon") for report in sites.values()]
+        of_sites = {
+            "unit": "an image, or a patient, of one site: what it has spent over all rounds is under sites",
+            "epsilon": None if None in epsilons else max(epsilons, default=0.0),  # null: no bound
+        }
+        write_json(path, (of_sites if self.privacy is None else self.privacy.report()) | {"sites": sites})
 
     def _state(self) -> dict[str, Any]:
         """The server's own part of a checkpoint."""
@@ -373,9 +388,15 @@ class Found:
     updates: list[Update] = field(default_factory=list)
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)  # whose updates are used
     dropped: dict[str, str] = field(default_factory=dict)
+    privacy: dict[str, dict[str, Any]] = field(default_factory=dict)  # the ledger of each site that trained under dp
     num_images: int = 0
     change: dict[str, NDArray[np.float64]] | None = None
     train_loss: float | None = None
+
+
+def _privacy(answers: list[tuple[Answer, Letter]]) -> dict[str, dict[str, Any]]:
+    reports = {answer.site: letter.values.get("privacy") for answer, letter in answers}
+    return {site: report for site, report in reports.items() if isinstance(report, dict)}
 
 
 def _number(values: Mapping[str, Any], key: str) -> float | None:

@@ -189,10 +189,11 @@ class Site:
                 t.val_loader.close()
         if letter.kind == "train":
             self._save(letter.round)
+            values |= self._privacy()
         if not self.federated.secure_aggregation:
             return letter.answer(arrays, values | {"seconds": time.monotonic() - started})
         self.masking = Masking(self.name, letter, self._tally(letter, arrays, values), self.keys)
-        plain = {key: values[key] for key in ("backend",) if key in values}
+        plain = {key: values[key] for key in ("backend", "privacy") if key in values}
         return self.masking.begin(letter, plain | {"seconds": time.monotonic() - started})
 
     def _measure(self, letter: Letter) -> Letter:
@@ -289,6 +290,14 @@ class Site:
         values = {"num_images": t.task.num_images("train"), "num_steps": t.progress.step - first}
         values["train_loss"] = loss_sum / max(num_samples, 1)
         return values | {"backend": t.backend.metrics()}
+
+    def _privacy(self) -> dict[str, Any]:
+        """Return what training has cost in privacy, as this site's own privacy.json has it."""
+        path = self.folder / "privacy.json"
+        if not path.exists():
+            return {}
+        report = json.loads(path.read_text(encoding="utf-8"))
+        return {"privacy": {key: value for key, value in report.items() if key != "replays"}}
 
     # The disk.
 

@@ -22,7 +22,7 @@ from ml_src.core.federated.processes.children import Child, ending, sigterm_as_i
 from ml_src.core.federated.processes.hello import UnreachableError, say_hello
 from ml_src.core.federated.processes.worker import named
 
-LEAD = "ml_src.core.federated.rounds.lead_from_kit"
+LEAD = "ml_src.core.federated.from_kits.lead"
 START_TIMEOUT = 60.0  # seconds
 log = logging.getLogger("ml_src")
 

@@ -14,7 +14,7 @@ from ml_src.core.federated.processes.children import Child, ending, sigterm_as_i
 from ml_src.core.federated.processes.hello import UnreachableError, say_hello
 from ml_src.core.federated.processes.server import logging_to, set_environment, write_private
 
-ANSWERER = "ml_src.core.federated.client.answer_from_kit"
+ANSWERER = "ml_src.core.federated.from_kits.answerer"
 FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0  # seconds between two attempts to reach the server
 STEADY = 60.0  # seconds after which an end is not a failure to start
 log = logging.getLogger("ml_src")

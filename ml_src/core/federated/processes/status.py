@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ml_src.core.atomic import LOCK
 from ml_src.core.errors import MLError
-from ml_src.core.federated.kits import Kit, ServerKit, public_pem, read_kit
+from ml_src.core.federated.kits import Kit, ServerKit, SiteKit, public_pem, read_kit
+from ml_src.core.federated.processes.checks import require_welcome
 from ml_src.core.federated.processes.hello import say_hello
 
 LAST_LINES = 5
@@ -26,7 +27,7 @@ def status(folder: Path) -> Iterator[str]:
         yield from _last(kit.state / "server.log")
     else:
         yield f"site {kit.name}: {'running' if running else 'not running'}"
-        yield f"server {kit.address}: {_server(kit, kit.name)}"
+        yield _server(kit)
         yield from _last(kit.state / "site.log")
         yield from _last(kit.state / "rounds.log")
 
@@ -60,11 +61,12 @@ def _sites(kit: ServerKit) -> Iterator[str]:
         yield f"site {name}: {'connected' if here else 'not connected'}"
 
 
-def _server(kit: Kit, site: str) -> str:
+def _server(kit: SiteKit) -> str:
     try:
-        return "answers" if say_hello(kit, site).known else "answers, but does not know the key of this site"
+        require_welcome(kit, say_hello(kit, kit.name))
     except MLError as error:
         return str(error)
+    return f"the server {kit.address} answers"
 
 
 def _last(path: Path) -> Iterator[str]:
