@@ -3,6 +3,7 @@
 From it every site normalises alike, and `class_weights: balanced` balances the classes of all sites together.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -106,6 +107,7 @@ def merge(facts: dict[str, Facts], config: Config) -> Fingerprint:
     _require_equal("classes", known | {name: facts[name].class_names for name in names if facts[name].class_names})
     _require_equal("number of classes", {name: facts[name].num_classes for name in names})
     _require_equal("value of unlabelled pixels", {name: facts[name].ignore_index for name in names})
+    _require_equal("number of counted classes", {name: len(facts[name].class_counts) for name in names})
     class_names = next((facts[name].class_names for name in names if facts[name].class_names), None)
     if class_names is not None and len(class_names) != config.data.num_classes:
         raise DataError(
@@ -136,7 +138,12 @@ def _statistics(facts: dict[str, Facts], names: Sequence[str]) -> tuple[list[flo
     total = present[0].moments()
     for part in present[1:]:
         total = total + part.moments()
-    return normalisation(total, present[0].dtype)
+    mean, std = normalisation(total, present[0].dtype)
+    if not all(math.isfinite(value) for value in mean + std) or min(std) <= 0:
+        raise DataError(
+            f"the channel statistics of {', '.join(names)} give no mean and deviation: look at their images"
+        )
+    return mean, std
 
 
 def _require_equal(what: str, values: dict[str, object]) -> None:

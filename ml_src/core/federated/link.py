@@ -21,6 +21,7 @@ class Answer(NamedTuple):
     problem: str = ""
     num_bytes: int = 0
     seconds: float = 0.0
+    is_lost: bool = False  # did not arrive: asking again may help
 
 
 class Link:
@@ -50,7 +51,7 @@ class Link:
         records = {id(letter): to_record(letter) for letter in letters.values()}  # most have the same
         sites = [site for site in letters if site in nodes]
         for site in letters.keys() - set(sites):
-            yield Answer(site, None, "is not connected")
+            yield Answer(site, None, "is not connected", is_lost=True)
         messages = [
             Message(
                 records[id(letters[site])],
@@ -73,9 +74,9 @@ class Link:
             if time.monotonic() - looked > LOOK:
                 looked, now = time.monotonic(), self.since()
                 for key in [key for key, site in waiting.items() if now.get(site) != since.get(site)]:
-                    yield Answer(waiting.pop(key), None, "was started anew, and has lost its message")
+                    yield Answer(waiting.pop(key), None, "was started anew, and has lost its message", is_lost=True)
         for site in waiting.values():
-            yield Answer(site, None, f"has not answered within {timeout:g} s")
+            yield Answer(site, None, f"has not answered within {timeout:g} s", is_lost=True)
 
 
 def _answer(

@@ -7,7 +7,6 @@ Next to read: `aggregation.py`, how updates become one; `journal.py`, what is on
 import json
 import logging
 import math
-import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,6 @@ from ml_src.core.atomic import write_json
 from ml_src.core.config import Config
 from ml_src.core.device import seed_everything
 from ml_src.core.errors import ConfigError, TrainingError
-from ml_src.core.federated import facts
 from ml_src.core.federated.aggregation import Aggregator, Update, least_sites, norm, sound
 from ml_src.core.federated.central import CentralPrivacy
 from ml_src.core.federated.journal import Journal
@@ -30,6 +28,7 @@ from ml_src.core.federated.layout import Arrays, Layout
 from ml_src.core.federated.link import Answer, Link
 from ml_src.core.federated.secure import SecureError
 from ml_src.core.federated.secure_round import secure_sum
+from ml_src.core.federated.session import Session
 from ml_src.core.federated.wire import Expected, Letter
 from ml_src.core.metrics.segmentation import Matrix
 from ml_src.core.network import build_model
@@ -46,7 +45,6 @@ class Federation:
     def __init__(self, config: Config, link: Link, run_dir: Path, num_sites: int) -> None:
         assert config.federated is not None
         self.config, self.federated = config, config.federated
-        self.link, self.num_sites = link, num_sites
         seed_everything(config.seed, config.deterministic)
         self.network = build_model(config.model)  # as the first site builds it
         self.layout = Layout.of(self.network)
@@ -63,9 +61,8 @@ class Federation:
         if self.privacy is not None and self.layout.buffers:
             raise ConfigError("federated.central_dp protects weights, not running statistics: use model.norm group")
         self.journal = Journal(config, run_dir)
+        self.session = Session(config, link, self.journal, num_sites)
         self.round = 0
-        self.num_images: dict[str, int] = {}  # training images of the sites of this session
-        self.total_images = 1  # of all sites: what their shares in a sum refer to
 
     def restore(self, contents: Mapping[str, Any]) -> None:
         """Go on from a checkpoint of the journal."""
@@ -81,7 +78,7 @@ class Federation:
     def run(self) -> None:
         """Train until the last round, or until early stopping; then measure what came out."""
         last = self._last_round()
-        self.open_session()
+        self.session.open(self.round)
         while self.round < last and not self.journal.stop:
             self.train_round(self.round + 1)
         self.measure_last()
@@ -94,81 +91,13 @@ class Federation:
         log.info(self.privacy.sentence(wanted, self.round))
         return self.round + self.privacy.allowed_rounds(wanted)
 
-    # Sessions.
-
-    def open_session(self) -> None:
-        """Let the sites check their data, sum up what they tell of it, and tell them the sums."""
-        self.session, self.num_images = secrets.token_hex(16), {}
-        self.join(self.wait(self.num_sites))
-        if len(self.num_images) < self.federated.quorum:
-            raise TrainingError(
-                f"{len(self.num_images)} of {self.num_sites} sites can take part, {self.federated.quorum} are needed "
-                "(federated.min_sites): mend what the lines above say, then go on"
-            )
-
-    def wait(self, number: int) -> list[str]:
-        """Return the connected sites as soon as there are `number`, or enough for a round after round_timeout."""
-        end, said = time.monotonic() + self.federated.round_timeout, False
-        while True:
-            connected = sorted(self.link.nodes())
-            if len(connected) >= number:
-                return connected
-            if time.monotonic() > end:
-                if len(connected) >= self.federated.quorum:
-                    return connected
-                raise TrainingError(
-                    f"{len(connected)} of {self.num_sites} sites are connected ({', '.join(connected) or 'none'}), "
-                    f"{self.federated.quorum} are needed (federated.min_sites): start them, then go on"
-                )
-            if not said:
-                log.info("Waiting for sites: %d of %d are connected", len(connected), number)
-                said = True
-            time.sleep(0.2)
-
-    def join(self, sites: list[str]) -> None:
-        """Take sites into the session."""
-        ask = Letter("facts", self.session, self.round)
-        told = self._ask(dict.fromkeys(sites, ask), {"facts": {}})
-        if not told:
-            return
-        parsed = {answer.site: facts.parse(letter.values, answer.site) for answer, letter in told}
-        fingerprint = facts.merge(parsed, self.config)
-        if self.journal.fingerprint is None:  # of the first session; later ones go on with the same numbers
-            self.journal.begin(fingerprint)
-        known = self.journal.fingerprint or fingerprint
-        self.total_images = sum({**known.num_images, **fingerprint.num_images}.values())
-        values = {
-            "mean": known.mean,
-            "std": known.std,
-            "class_counts": known.class_counts or None,
-            "num_images": self.total_images,
-        }
-        settle = Letter("settle", self.session, self.round, values=values)
-        for answer, _ in self._ask(dict.fromkeys(parsed, settle), {"settle": {}}):
-            self.num_images[answer.site] = parsed[answer.site].num_images["train"]
-
-    def _ask(
-        self, letters: Mapping[str, Letter], expected: Mapping[str, Mapping[str, Expected]]
-    ) -> list[tuple[Answer, Letter]]:
-        """Return the answers that are letters, in the order of the sites' names; say what is wrong with the others."""
-        found = []
-        for answer in self.link.ask(letters, expected, self.federated.round_timeout):
-            if answer.letter is None:
-                log.warning("%s %s", answer.site, answer.problem)
-                self.journal.trouble(answer.site, answer.problem)
-            else:
-                found.append((answer, answer.letter))
-        return sorted(found, key=lambda pair: pair[0].site)
-
     # Rounds.
 
     def train_round(self, number: int) -> None:
         """Train round `number`, again where too few sites got through."""
         for _ in range(MOST_ATTEMPTS):
             started = time.monotonic()
-            connected = self.wait(self.federated.quorum)
-            self.join([site for site in connected if site not in self.num_images])  # come back, or late
-            present = [site for site in connected if site in self.num_images]
+            present = self.session.present(number)
             chosen = self.choose(present, number)
             try:
                 found = self._sums(number, chosen) if self._is_secure else self._updates(number, present, chosen)
@@ -180,7 +109,7 @@ class Federation:
             else:
                 self._commit(number, found, time.monotonic() - started)
                 return
-            self.open_session()
+            self.session.open(number)
         raise TrainingError(
             f"round {number} failed {MOST_ATTEMPTS} times for want of updates: see the lines above, then go on"
         )
@@ -209,7 +138,7 @@ class Federation:
             if letter.kind == "train":
                 update = Update(
                     answer.site,
-                    self.num_images[answer.site],  # as told before round 1: nobody can make itself heavier
+                    self.session.num_images[answer.site],  # as told before round 1: nobody can make itself heavier
                     self.layout.named("parameters", letter.arrays["parameters"]),
                     self.layout.named("buffers", letter.arrays["buffers"]),
                 )
@@ -224,23 +153,23 @@ class Federation:
 
     def _wave(self, number: int, present: list[str], chosen: list[str]) -> list[tuple[Answer, Letter]]:
         """Send the weights to all; return the usable answers."""
-        letters = {kind: Letter(kind, self.session, number, self.weights) for kind in ("train", "evaluate")}
+        letters = {kind: self.session.letter(kind, number, arrays=self.weights) for kind in ("train", "evaluate")}
         asked = {site: letters["train" if site in chosen else "evaluate"] for site in present}
         if number == 1:  # the weights before it are those that chance gave: nobody measures them
             asked = {site: letter for site, letter in asked.items() if site in chosen}
         counts = {"counts": Expected("int64", (self.config.data.num_classes**2,))} if number > 1 else {}
         weights = {kind: Expected("float32", (size,)) for kind, size in self.layout.sizes.items()}
-        return self._ask(asked, {"train": counts | weights, "evaluate": counts})
+        return self.session.ask(asked, {"train": counts | weights, "evaluate": counts})
 
     def _sums(self, number: int, chosen: list[str], kind: str = "train") -> "Found":
         """Ask the chosen sites, and learn no more than the sum of what they have."""
         values = {"num_sites": len(chosen)}
-        letter = Letter(kind, self.session, number, self.weights, values)
-        opened = self._ask(dict.fromkeys(chosen, letter), {kind: {}})
+        letter = self.session.letter(kind, number, arrays=self.weights, values=values)
+        opened = self.session.ask(dict.fromkeys(chosen, letter), {kind: {}})
         sizes, num_classes = self.layout.sizes, self.config.data.num_classes
-        tally, survivors = secure_sum(self._ask, opened, len(chosen), sum(sizes.values()), num_classes**2 + 3)
+        tally, survivors = secure_sum(self.session.ask, opened, len(chosen), sum(sizes.values()), num_classes**2 + 3)
         num_val, num_images, _ = tally.counts[-3:].tolist()
-        total = self.total_images
+        total = self.session.total_images
         if number > 1:
             self._enter(number - 1, tally.counts[:-3], float(tally.losses[1]) * total / max(num_val, 1), {})
         found = Found(num_images=num_images, privacy=_privacy(opened))
@@ -255,7 +184,7 @@ class Federation:
         """What federation.json has of a site's round; what secure aggregation hides is None."""
         values, sent = letter.values, sum(array.nbytes for array in self.weights.values())
         return {
-            "num_images": self.num_images[answer.site],
+            "num_images": self.session.num_images[answer.site],
             "num_steps": _number(values, "num_steps"),
             "train_loss": _number(values, "train_loss"),
             "norm": length,
@@ -352,7 +281,7 @@ class Federation:
         """Let all sites measure the weights of the last round."""
         if self.journal.is_measured(self.round):
             return
-        present = sorted(set(self.num_images) & set(self.link.nodes()))
+        present = sorted(set(self.session.num_images) & set(self.session.link.nodes()))
         if self._is_secure:
             self._sums(self.round + 1, present, "evaluate")
         else:
@@ -366,13 +295,13 @@ class Federation:
         secure aggregation, which hides the matrices of single sites, there is none.
         """
         self.network.load_state_dict(state_dict)
-        present = sorted(set(self.num_images) & set(self.link.nodes()))
+        present = sorted(set(self.session.num_images) & set(self.session.link.nodes()))
         if self._is_secure or not present:
             return {}
         num_classes = self.config.data.num_classes
-        letter = Letter("measure", self.session, self.round, self.layout.flatten(self.network))
+        letter = self.session.letter("measure", self.round, arrays=self.layout.flatten(self.network))
         matrix = Expected("int64", (num_classes, num_classes))
-        told = self._ask(dict.fromkeys(present, letter), {"measure": {"val": matrix, "test": matrix}})
+        told = self.session.ask(dict.fromkeys(present, letter), {"measure": {"val": matrix, "test": matrix}})
         found = {}
         for split in ("val", "test"):
             of_sites = {answer.site: one.arrays[split] for answer, one in told if one.arrays[split].any()}

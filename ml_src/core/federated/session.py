@@ -1,0 +1,158 @@
+"""Who takes part: sites are asked for their facts, told the sums, and from then on counted in.
+
+A session lasts from one start of the server to the next, or until a round failed for want of updates. Its id is in
+every letter: what belongs to another session is refused.
+"""
+
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+
+from ml_src.core.config import Config
+from ml_src.core.errors import MLError, TrainingError
+from ml_src.core.federated import facts
+from ml_src.core.federated.journal import Journal
+from ml_src.core.federated.link import Answer, Link
+from ml_src.core.federated.wire import Expected, Letter
+
+LATE = 10.0  # seconds that sites have to come back, where there are enough without them
+AGAIN = 2.0  # seconds between two attempts
+log = logging.getLogger("ml_src")
+
+
+class Session:
+    """The sites that take part since the server was started."""
+
+    def __init__(self, config: Config, link: Link, journal: Journal, num_sites: int) -> None:
+        assert config.federated is not None
+        self.config, self.federated = config, config.federated
+        self.link, self.journal, self.num_sites = link, journal, num_sites
+        self.number = ""
+        self.num_images: dict[str, int] = {}  # training images of each site that takes part
+
+    @property
+    def total_images(self) -> int:
+        """Training images of all sites of the first session: what their shares in a sum refer to."""
+        known = self.journal.fingerprint
+        return 1 if known is None else sum(known.num_images.values())
+
+    def open(self, round: int) -> None:
+        """Begin anew: let the sites check their data, sum up what they tell of it, and tell them the sums.
+
+        Raises: TrainingError where too few can take part; DataError where their images do not go together.
+        """
+        self.number, self.num_images = secrets.token_hex(16), {}
+        is_first = self.journal.fingerprint is None
+        end = time.monotonic() + self.federated.round_timeout
+        connected = self.wait(self.num_sites, self.federated.round_timeout if is_first else LATE)
+        while self.join(connected, round) and len(self.num_images) < self.federated.quorum and time.monotonic() < end:
+            time.sleep(AGAIN)
+            connected = self.wait(self.federated.quorum)
+        if len(self.num_images) < self.federated.quorum:
+            raise TrainingError(
+                f"{len(self.num_images)} of {self.num_sites} sites can take part, {self.federated.quorum} are needed "
+                "(federated.min_sites): mend what the lines above say, then go on"
+            )
+
+    def wait(self, number: int, patience: float = 0.0) -> list[str]:
+        """Return the connected sites: as soon as there are `number`, or after `patience` (s) enough for a round.
+
+        Raises: TrainingError where these are not there after round_timeout.
+        """
+        started, said = time.monotonic(), False
+        while True:
+            connected, waited = sorted(self.link.nodes()), time.monotonic() - started
+            enough = len(connected) >= self.federated.quorum
+            if len(connected) >= number or (enough and waited >= patience):
+                return connected
+            if waited > self.federated.round_timeout:
+                raise TrainingError(
+                    f"{len(connected)} of {self.num_sites} sites are connected ({', '.join(connected) or 'none'}), "
+                    f"{self.federated.quorum} are needed (federated.min_sites): start them, then go on"
+                )
+            if not said:
+                log.info("Waiting for sites: %d of %d are connected", len(connected), number)
+                said = True
+            time.sleep(0.2)
+
+    def present(self, round: int) -> list[str]:
+        """Return the sites that are connected and take part; those that have come back are taken in."""
+        connected = self.wait(self.federated.quorum)
+        self.join(connected, round)
+        return [site for site in connected if site in self.num_images]
+
+    def join(self, sites: list[str], round: int) -> bool:
+        """Take in sites that do not take part yet; return whether some may do so later, for a letter was lost.
+
+        Raises: DataError where the sites of the first session do not go together; of later ones, who does not fit
+            stays out.
+        """
+        new = [site for site in sites if site not in self.num_images]
+        if not new:
+            return False
+        lost: list[str] = []
+        parsed: dict[str, facts.Facts] = {}
+        for answer, letter in self.ask(dict.fromkeys(new, self.letter("facts", round)), {"facts": {}}, lost):
+            try:
+                parsed[answer.site] = facts.parse(letter.values, answer.site)
+            except MLError as error:
+                self.trouble(answer.site, str(error))
+        fitting = self._fitting(parsed)
+        known = self.journal.fingerprint
+        if known is None or not fitting:
+            return bool(lost)
+        values = {
+            "mean": known.mean,
+            "std": known.std,
+            "class_counts": known.class_counts or None,
+            "num_images": self.total_images,
+        }
+        settle = self.letter("settle", round, values=values)
+        for answer, _ in self.ask(dict.fromkeys(fitting, settle), {"settle": {}}, lost):
+            self.num_images[answer.site] = fitting[answer.site].num_images["train"]
+        return bool(lost)
+
+    def _fitting(self, parsed: dict[str, facts.Facts]) -> dict[str, facts.Facts]:
+        """Return the sites whose images go with those of all others; the first ones decide what that is."""
+        if self.journal.fingerprint is None:
+            if parsed:
+                self.journal.begin(facts.merge(parsed, self.config))
+            return parsed
+        fitting = {}
+        for site, own in parsed.items():
+            try:
+                facts.merge({site: own}, self.journal.config)
+                fitting[site] = own
+            except MLError as error:
+                self.trouble(site, str(error))
+        return fitting
+
+    def letter(self, kind: str, round: int, **parts: object) -> Letter:
+        """Return a letter of this session."""
+        return Letter(kind, self.number, round, **parts)  # type: ignore[arg-type]
+
+    def ask(
+        self,
+        letters: Mapping[str, Letter],
+        expected: Mapping[str, Mapping[str, Expected]],
+        lost: list[str] | None = None,
+    ) -> list[tuple[Answer, Letter]]:
+        """Return the answers that are letters, in the order of the sites' names; say what is wrong with the others.
+
+        `lost` takes the names of those whose letter did not arrive.
+        """
+        found = []
+        for answer in self.link.ask(letters, expected, self.federated.round_timeout):
+            if answer.letter is not None:
+                found.append((answer, answer.letter))
+                continue
+            self.trouble(answer.site, answer.problem)
+            if lost is not None and answer.is_lost:
+                lost.append(answer.site)
+        return sorted(found, key=lambda pair: pair[0].site)
+
+    def trouble(self, site: str, what: str) -> None:
+        """Say and remember what went wrong at a site."""
+        log.warning("%s %s", site, what)
+        self.journal.trouble(site, what)
