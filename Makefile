@@ -5,13 +5,14 @@ BIN    := $(VENV)/bin
 # uv from the machine where there is one, else from a small environment of our own: pip installs it into .uv/.
 UV     := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 
-.PHONY: help setup demo test check crash fix docs bench clean
+.PHONY: help setup demo test check federated crash fix docs bench clean
 
 help:
 	@echo "make demo   set up, then run the main job on a generated data set (about a minute)"
 	@echo "make test   set up, then run the tests"
 	@echo "make setup  the set-up alone, into .venv"
 	@echo "make check  ruff, mypy, import contract, generated docs, tests"
+	@echo "make federated  real servers and sites on this machine, killed and started again (minutes)"
 	@echo "make crash  kill real trainings again and again, resume them, compare (many minutes)"
 	@echo "make fix    let ruff format and mend what it can"
 	@echo "make docs   write docs/configuration.md again from the code"
@@ -33,7 +34,7 @@ demo: setup
 	$(BIN)/ml-demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: setup
 	$(BIN)/ruff check .
@@ -41,7 +42,10 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m ml_src.core.reference --check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+federated: setup
+	ML_SRC_WHOLE_FEDERATION=1 $(BIN)/python -m pytest tests/federated
 
 crash: setup
 	$(BIN)/python tests/crash/crash.py

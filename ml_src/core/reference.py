@@ -67,7 +67,7 @@ def _table(fields: dict[str, FieldInfo]) -> list[str]:
     lines = ["| key | values | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in fields.items():
         default = "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
-        meaning = " ".join((field.description or "").split())
+        meaning = " ".join((field.description or "").split()).replace("|", r"\|")  # else a new column
         lines.append(f"| `{name}` | {_values(field)} | {default} | {meaning} |")
     return lines
 

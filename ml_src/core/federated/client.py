@@ -5,18 +5,25 @@ import logging
 import ml_src.core.federated.flower  # noqa: F401  # before flwr
 from flwr.app import Error, Message
 from ml_src.core.errors import MLError
+from ml_src.core.federated.secure import SecureError
 from ml_src.core.federated.site import Site
-from ml_src.core.federated.wire import from_record, to_record
+from ml_src.core.federated.wire import WireError, from_record, to_record
 
 REFUSED = 1000  # of Flower's error codes, beyond its own
 log = logging.getLogger("ml_src")
 
 
-def answer(site: Site, message: Message) -> Message:
-    """Return what a site answers; what it refuses it says in one sentence."""
+def answer(site: Site, message: Message, is_private: bool = False) -> Message:
+    """Return what a site answers; what it refuses it says in one sentence.
+
+    With `is_private`, only sentences about the message itself leave the site: others may name its files.
+    """
     try:
         letter = from_record(message.content, site.expected())
         return Message(to_record(site.answer(letter)), reply_to=message)
     except MLError as error:
         log.warning("%s refused: %s", site.name, error)
-        return Message(Error(REFUSED, str(error)), reply_to=message)
+        is_about_message = isinstance(error, WireError | SecureError)
+        hidden = f"it cannot take part, and its log says why ({type(error).__name__})"
+        sentence = hidden if is_private and not is_about_message else str(error)
+        return Message(Error(REFUSED, sentence), reply_to=message)

@@ -105,7 +105,7 @@ def answerer(folder: Path, data_dir: Path) -> Callable[[Message, Context], Messa
     names = list(kit.public_keys)
     keys = Keys(kit.signing_key(), {name: key for name, key in kit.public_keys.items() if name != kit.name})
     site = Site(kit.name, _private(config), kit.folder / RUN, names.index(kit.name), keys=keys)
-    return lambda message, context: client.answer(site, message)
+    return lambda message, context: client.answer(site, message, is_private=True)
 
 
 def _private(config: Config) -> Config:

@@ -10,7 +10,8 @@ from flwr.serverapp import Grid
 from ml_src.core.errors import MLError
 from ml_src.core.federated.wire import Expected, Letter, WireError, from_record, to_record
 
-POLL, LOOK = 0.05, 1.0  # seconds between two looks for answers, and for who is connected
+FIRST_NAP, LONGEST_NAP = 0.05, 0.25  # seconds between two looks for answers
+LOOK = 1.0  # seconds between two looks for who is connected
 
 
 class Answer(NamedTuple):
@@ -63,14 +64,16 @@ class Link:
             for site in sites
         ]
         waiting = dict(zip(self.grid.push_messages(messages), sites, strict=True))
+        nap = FIRST_NAP
         while waiting and time.monotonic() - started < timeout:
             replies = list(self.grid.pull_messages(list(waiting)))
             for reply in replies:
                 site = waiting.pop(reply.metadata.reply_to_message_id, None)
                 if site is not None:
                     yield _answer(site, letters[site], reply, expected, time.monotonic() - started)
+            nap = FIRST_NAP if replies else min(nap * 1.1, LONGEST_NAP)
             if not replies:
-                time.sleep(POLL)
+                time.sleep(nap)
             if time.monotonic() - looked > LOOK:
                 looked, now = time.monotonic(), self.since()
                 for key in [key for key, site in waiting.items() if now.get(site) != since.get(site)]:

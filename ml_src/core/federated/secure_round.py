@@ -14,7 +14,6 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 from numpy.typing import NDArray
 
-from ml_src.core.errors import TrainingError
 from ml_src.core.federated.link import Answer
 from ml_src.core.federated.secure import (
     Collector,
@@ -75,7 +74,7 @@ class Masking:
     def __init__(self, name: str, letter: Letter, tally: Tally, keys: Keys | None) -> None:
         number = letter.values.get("num_sites")
         if not isinstance(number, int) or not 3 <= number <= MOST_SITES:
-            raise TrainingError("secure aggregation needs three sites at least: their sum would tell a single one")
+            raise SecureError("secure aggregation needs three sites at least: their sum would tell a single one")
         own, others = (None, None) if keys is None else (keys.own, keys.others)
         self.participant = Participant(name, letter.session, letter.round, threshold(number), own, others)
         self.name, self.about, self.vector = name, (letter.session, letter.round), tally.encoded()
@@ -87,10 +86,10 @@ class Masking:
     def answer(self, letter: Letter) -> Letter:
         """Answer a later phase.
 
-        Raises: TrainingError for one of another round; SecureError as `Participant`.
+        Raises: SecureError for one of another round, and as `Participant`.
         """
         if (letter.session, letter.round) != self.about:
-            raise TrainingError(f"round {letter.round} is not the one that is being summed up: refused")
+            raise SecureError(f"round {letter.round} is not the one that is being summed up: refused")
         match letter.kind:
             case "keys":
                 return letter.answer(sealed=self.participant.share(letter.sealed))
@@ -99,7 +98,7 @@ class Masking:
             case _:
                 survivors = letter.values.get("survivors")
                 if not (isinstance(survivors, list) and all(isinstance(name, str) for name in survivors)):
-                    raise TrainingError("the names of the sites that answered are missing")
+                    raise SecureError("the names of the sites that answered are missing")
                 return letter.answer(sealed=self.participant.reveal(survivors))
 
 

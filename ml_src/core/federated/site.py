@@ -19,11 +19,11 @@ from ml_src.core.atomic import remove_leftovers, write_json
 from ml_src.core.callbacks import Callback
 from ml_src.core.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from ml_src.core.config import Config
-from ml_src.core.errors import DataError, TrainingError
+from ml_src.core.errors import DataError
 from ml_src.core.federated.facts import collect
 from ml_src.core.federated.layout import Layout
 from ml_src.core.federated.secure_round import PHASES, Keys, Masking, Tally
-from ml_src.core.federated.wire import Expected, Letter
+from ml_src.core.federated.wire import Expected, Letter, WireError
 from ml_src.core.inference.measure import Measuring, compare_split
 from ml_src.core.inference.predictor import Options
 from ml_src.core.inference.torch_member import TorchMember, placed
@@ -106,7 +106,7 @@ class Site:
                 return self._measure(letter)
             case _:
                 if self.masking is None:
-                    raise TrainingError("no round is being summed up here: refused")
+                    raise WireError("no round is being summed up here: refused")
                 return self.masking.answer(letter)
 
     # Which letters are due.
@@ -116,20 +116,20 @@ class Site:
         state = self.state
         if letter.kind == "facts":
             if letter.session in state.sessions:
-                raise TrainingError(f"session {letter.session[:16]} has begun before: a replayed message is refused")
+                raise WireError(f"session {letter.session[:16]} has begun before: a replayed message is refused")
             return
         if letter.session != state.session:
-            raise TrainingError(f"the message is of session {letter.session[:16]}, which is not under way: refused")
+            raise WireError(f"the message is of session {letter.session[:16]}, which is not under way: refused")
         if self.federated.secure_aggregation and letter.kind == "measure":
-            raise TrainingError("secure aggregation hides the scores of single sites: refused")
+            raise WireError("secure aggregation hides the scores of single sites: refused")
         if letter.kind in ("train", "evaluate", "measure"):
             if state.shared is None:
-                raise TrainingError("no round before the statistics of all sites are known: send settle first")
+                raise WireError("no round before the statistics of all sites are known: send settle first")
             if letter.kind == "train" and letter.round <= state.trained:
-                raise TrainingError(f"round {letter.round} was trained before: a replayed message is refused")
+                raise WireError(f"round {letter.round} was trained before: a replayed message is refused")
             last = self.federated.rounds + (letter.kind == "evaluate")
             if not 1 <= letter.round <= last:
-                raise TrainingError(f"round {letter.round} is beyond the {self.federated.rounds} of this site's kit")
+                raise WireError(f"round {letter.round} is beyond the {self.federated.rounds} of this site's kit")
 
     def _facts(self, letter: Letter) -> dict[str, Any]:
         """Open a session: check the data, and tell what may be told of it."""
@@ -146,12 +146,12 @@ class Site:
             values = shared.get(key)
             numbers = isinstance(values, list) and all(type(v) in (int, float) and v == v for v in values)
             if values is not None and not (numbers and len(values) == length):
-                raise TrainingError(f"{key} of all sites must be {length} numbers")
+                raise WireError(f"{key} of all sites must be {length} numbers")
         if self.config.needs_statistics and (shared.get("mean") is None or min(shared.get("std") or [0]) <= 0):
-            raise TrainingError("mean and std of all sites are needed, with std above 0")
+            raise WireError("mean and std of all sites are needed, with std above 0")
         num_images = shared.get("num_images")
         if not isinstance(num_images, int) or num_images < 1:
-            raise TrainingError("the number of all sites' images is missing")
+            raise WireError("the number of all sites' images is missing")
         self.state.settle({key: shared.get(key) for key in known} | {"num_images": num_images})
         self.training = None
 
@@ -182,6 +182,9 @@ class Site:
             if letter.kind == "train":
                 values |= self._train(t, letter)
                 arrays |= self.layout.flatten(t.network)
+        except BaseException:
+            self.training = None  # half a round: the next one begins from the disk
+            raise
         finally:
             self.random = random_state()
             if not self.keep_workers:
@@ -273,7 +276,7 @@ class Site:
         t.progress = Progress(first // per_epoch, first, first % per_epoch)
         t.schedule.load_state_dict(t.schedule.state_dict() | {"num_steps": first})
         if self.ends.refusal:
-            raise TrainingError(f"{self.name} takes part no longer: {self.ends.refusal}")
+            raise WireError(f"{self.name} takes part no longer: {self.ends.refusal}")
         t.stop, self.ends.last_step = "", first + self.num_steps
         plain, near = t.criterion, _proximal(self.federated.strategy)
         t.criterion = Proximal(plain, t.network, near) if near else plain
@@ -287,9 +290,12 @@ class Site:
         t.criterion = plain
         if t.stop != self.ends.reached:  # the budget of dp: what was trained so far still counts
             self.ends.refusal = t.stop
-        values = {"num_images": t.task.num_images("train"), "num_steps": t.progress.step - first}
-        values["train_loss"] = loss_sum / max(num_samples, 1)
-        return values | {"backend": t.backend.metrics()}
+        return {
+            "num_images": t.task.num_images("train"),
+            "num_steps": t.progress.step - first,
+            "train_loss": loss_sum / max(num_samples, 1),
+            "backend": t.backend.metrics(),
+        }
 
     def _privacy(self) -> dict[str, Any]:
         """Return what training has cost in privacy, as this site's own privacy.json has it."""
