@@ -28,10 +28,11 @@ from ml_src.core.transforms import build_transforms
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "docs" / "guide.md"
+FEDERATED = ROOT / "docs" / "federated.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 COMMANDS = {"ml-split": "split", "ml-init-config": "init_config", "ml-train": "train", "ml-inference": "inference"}
-COMMANDS |= {"ml-check": "check", "ml-export": "export", "ml-demo": "demo"}
+COMMANDS |= {"ml-check": "check", "ml-export": "export", "ml-federated": "federated", "ml-demo": "demo"}
 
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
@@ -52,7 +53,7 @@ def command_lines(text: str) -> list[str]:
 
 
 def documented_commands() -> list[str]:
-    scripts = [block for path in (ROOT / "README.md", GUIDE) for block in blocks(path, "bash")]
+    scripts = [block for path in (ROOT / "README.md", GUIDE, FEDERATED) for block in blocks(path, "bash")]
     scripts += [path.read_text(encoding="utf-8").replace("\n#", "\n") for path in CONFIGS]
     return sorted({line for script in scripts for line in command_lines(script)})
 
@@ -79,7 +80,8 @@ def test_a_documented_command_is_understood(
     assert importlib.import_module(f"ml_src.cli.{COMMANDS[command]}").main(words) == 2
     error = capsys.readouterr().err
     assert "--help shows the usage" not in error
-    assert "does not exist" in error or "cannot be read (No such file" in error
+    missing = ("does not exist", "cannot be read (No such file", "give a folder that ml-federated init wrote")
+    assert any(words in error for words in missing)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
@@ -128,7 +130,11 @@ def assert_it_can_train(config: Config) -> None:
     if config.needs_statistics:
         config = config.with_statistics([0.5], [0.25])
     import_plugins(config.plugins)
-    alone = config.training.model_copy(update={"num_processes": None})  # the command would start the others
+    federated = config.training.trainer_type == "federated" and config.federated
+    trainer = federated.backend if federated else config.training.trainer_type  # at a site, a training like any other
+    alone = config.training.model_copy(  # without the other processes, which the command would start
+        update={"num_processes": None, "trainer_type": trainer}
+    )
     choose_backend(config.model_copy(update={"training": alone}))
     build_callbacks(config, Segmentation.monitors)
     for specs in (config.train_transforms, config.val_transforms):
@@ -160,10 +166,8 @@ def test_an_example_configuration_can_be_trained(path: Path) -> None:
 def test_a_block_that_is_wrong_would_be_noticed() -> None:
     with pytest.raises(ConfigError, match="did you mean 'batch_size'"):
         parse_config({"data": {"data_dir": "a", "num_classes": 3}, "training": {"batchsize": 3}})
-    with pytest.raises(ConfigError, match="is not built yet"):
-        choose_backend(
-            parse_config({"data": {"data_dir": "a", "num_classes": 3}, "training": {"trainer_type": "federated"}})
-        )
+    with pytest.raises(ConfigError, match="needs a section federated"):
+        parse_config({"data": {"data_dir": "a", "num_classes": 3}, "training": {"trainer_type": "federated"}})
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
@@ -212,11 +216,12 @@ def test_relative_links_lead_to_files_and_headings(path: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{name_of(path)}: {link}"
 
 
-def test_every_error_in_the_guides_troubleshooting_is_one_that_the_code_says() -> None:
+@pytest.mark.parametrize("path", [GUIDE, FEDERATED], ids=name_of)
+def test_every_error_under_troubleshooting_is_one_that_the_code_says(path: Path) -> None:
     """The words between the backticks, up to each `...`, stand in the sources."""
     sources = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "ml_src").rglob("*.py")))
     sources = re.sub(r'"\s*\n\s*f?"', "", sources)  # a sentence over two lines of code
-    section = GUIDE.read_text(encoding="utf-8").partition("\n## Troubleshooting\n")[2].partition("\n## ")[0]
+    section = path.read_text(encoding="utf-8").partition("\n## Troubleshooting\n")[2].partition("\n## ")[0]
     titles = re.findall(r"^- ((?:`[^`]+`(?: or )?)+):", section, re.MULTILINE)
     assert len(titles) > 15
     fragments = [words for title in titles for words in re.findall(r"`([^`]+)`", title)]

@@ -103,7 +103,7 @@ class MultiKrum(Section):
 
 
 class Bulyan(Section):
-    """Krum again and again, then a trimmed mean (El Mhamdi et al. 2018); needs 4 * num_malicious + 3 sites."""
+    """A trimmed mean of Krum's best updates (El Mhamdi et al. 2018); needs 4 * num_malicious + 3 sites."""
 
     type: Literal["bulyan"]
     num_malicious: Annotated[int, Field(ge=0)] = 0

@@ -6,9 +6,10 @@ From it every site normalises alike, and `class_weights: balanced` balances the 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from ml_src.core.config import Config
 from ml_src.core.data import checks, splits
@@ -20,6 +21,7 @@ from ml_src.core.federated_specs import Positive
 from ml_src.core.transform_specs import Section
 
 MOST_CLASSES = 65535
+Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 class ChannelSums(Section):
@@ -29,6 +31,12 @@ class ChannelSums(Section):
     mean: list[float]
     squares: list[float]
     dtype: str
+
+    @model_validator(mode="after")
+    def _agree(self) -> "ChannelSums":
+        if not 0 < len(self.count) == len(self.mean) == len(self.squares):
+            raise ValueError("count, mean and squares have one number a channel")
+        return self
 
     def moments(self) -> Moments:
         """Return them as arrays."""
@@ -41,9 +49,9 @@ class Facts(Section):
     num_classes: Positive
     class_names: list[str] | None  # of classes.txt, or of the configuration; None where both are silent
     ignore_index: int | None
-    num_images: dict[str, int]  # of train, val and test
-    class_counts: list[int] = Field(max_length=MOST_CLASSES)  # pixels of the training masks; none under dp
-    sizes: dict[str, int] = Field(max_length=10_000)  # "height x width" -> training images; none under dp
+    num_images: dict[Literal["train", "val", "test"], Positive]  # no test where the split has none
+    class_counts: list[Count] = Field(max_length=MOST_CLASSES)  # pixels of the training masks; none under dp
+    sizes: dict[str, Count] = Field(max_length=10_000)  # "height x width" -> training images; none under dp
     channels: ChannelSums | None  # None where the configuration has mean and std
 
 
@@ -92,7 +100,10 @@ def parse(values: object, site: str) -> Facts:
     Raises: TrainingError where they are none.
     """
     try:
-        return Facts.model_validate(values)
+        facts = Facts.model_validate(values)
+        if not {"train", "val"} <= set(facts.num_images):
+            raise TrainingError(f"{site} has no training or no validation images: split its data again")
+        return facts
     except ValidationError as error:
         raise TrainingError(f"{site} sent facts that cannot be read: give all sites the same version") from error
 
@@ -118,7 +129,7 @@ def merge(facts: dict[str, Facts], config: Config) -> Fingerprint:
         sizes.update(facts[name].sizes)
     mean, std = _statistics(facts, names) if config.needs_statistics else (None, None)
     return Fingerprint(
-        num_images={name: facts[name].num_images.get("train", 0) for name in names},
+        num_images={name: facts[name].num_images["train"] for name in names},
         class_names=class_names,
         class_counts=[sum(column) for column in zip(*(facts[name].class_counts for name in names), strict=True)],
         sizes=dict(sizes),

@@ -38,9 +38,8 @@ def lead(grid: Grid, folder: Path) -> None:
     kit = read_server_kit(folder)
     config, run_dir = kit.config(), kit.folder / RUN
     import_plugins(config.plugins)
-    for name in ("weights", "logs"):
-        (run_dir / name).mkdir(parents=True, exist_ok=True)
-        remove_leftovers(run_dir / name)
+    (run_dir / "weights").mkdir(parents=True, exist_ok=True)
+    remove_leftovers(run_dir / "weights")
     if (run_dir / "metrics.json").exists():
         log.info("this federation has ended: see %s; new kits train anew", run_dir / "summary.txt")
         return

@@ -80,7 +80,7 @@ class Kit:
 
         Raises: ConfigError with every mistake in config.yaml.
         """
-        overrides = {} if data_dir is None else {"data.data_dir": str(data_dir)}
+        overrides = {} if data_dir is None else {"data.data_dir": str(data_dir), "data.splits_dir": None}
         return load_config(self.folder / "config.yaml", overrides)
 
     @cached_property
@@ -210,6 +210,7 @@ def write_kits(config_path: Path, sites: Sequence[str], address: str, output: Pa
     _require_names(sites)
     if load_config(config_path).training.trainer_type != "federated":
         raise ConfigError(f"{config_path} has another trainer_type: set training.trainer_type to federated")
+    load_config(config_path, {"federated.sites": None, "federated.num_sites": len(sites)})  # as many must do
     if output.exists():
         raise ConfigError(f"{output} exists: keys are never written over; remove it, or give another --output")
     output.parent.mkdir(parents=True, exist_ok=True)

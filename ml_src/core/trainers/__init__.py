@@ -94,7 +94,7 @@ def train(config: Config, resume: Path | None = None, overwrite: bool = False) -
 def choose_backend(config: Config) -> Backend:
     """Return the backend that `training.trainer_type` names.
 
-    Raises: ConfigError for one that is not built yet.
+    Raises: ConfigError for `federated`, which is no way to take a step.
     """
     match config.training.trainer_type:
         case "standard":
@@ -114,7 +114,7 @@ def choose_backend(config: Config) -> Backend:
                 raise ConfigError("training.trainer_type dp needs Opacus: run pip install 'ml-src[dp]'") from error
             return DP(config)
         case other:
-            raise ConfigError(f"training.trainer_type {other!r} is not built yet: use 'standard'")
+            raise ConfigError(f"training.trainer_type {other!r} trains at several sites: give its YAML to ml-train")
 
 
 def build_training(config: Config, task: Task, backend: Backend, run_dir: Path) -> Training:
