@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +22,8 @@ training: {trainer_type: federated}
 federated: {num_sites: 3, rounds: 2, min_sites: 1}
 """
 TESTS = Path(__file__).parent
-BYTECODE = tempfile.TemporaryDirectory()
+SECRET = "patient"  # in the name of each image
+BYTECODE = Path(sys.prefix) / "bytecode"  # where none is kept beside the code: half of a start would be compiling
 
 
 def free_port() -> int:
@@ -131,8 +131,9 @@ def wait_for(what: str, found: Callable[[], object], *processes: subprocess.Pope
 def descendants(pid: int) -> set[int]:
     """Return the processes that a process has started, and they in turn."""
     children = set()
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        children |= {int(child) for child in (task / "children").read_text().split()}
+    with suppress(FileNotFoundError, ProcessLookupError):  # it may end in this moment
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            children |= {int(child) for child in (task / "children").read_text().split()}
     return children.union(*(descendants(child) for child in children))
 
 
@@ -149,11 +150,12 @@ def alive(pids: set[int]) -> set[int]:
 def ends_of_sockets(pid: int) -> set[str]:
     """Return the addresses of both ends of all TCP sockets of a process, as hexadecimal text of /proc/net."""
     inodes = set()
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):
-            target = str(link.readlink())
-            if target.startswith("socket:["):
-                inodes.add(target[8:-1])
+    with suppress(FileNotFoundError, ProcessLookupError):  # it may end in this moment
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                target = str(link.readlink())
+                if target.startswith("socket:["):
+                    inodes.add(target[8:-1])
     ends = set()
     for table in ("tcp", "tcp6", "udp", "udp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
@@ -163,21 +165,29 @@ def ends_of_sockets(pid: int) -> set[str]:
     return ends
 
 
-def start(use: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start what the command does, with the functions of this file, in a process."""
+def start(use: str, *arguments: str, function: str | None = None) -> subprocess.Popen[bytes]:
+    """Start what the command `server` or `site` does, with a function of this file, in a process."""
     code = {
         "server": "from ml_src.core.federated.processes.server import serve as f; a = (Path(sys.argv[1]),)",
         "site": "from ml_src.core.federated.processes.site import take_part as f; a = tuple(map(Path, sys.argv[1:]))",
     }[use]
-    ours = {"server": "known_federation.lead", "site": "known_federation.answer_from_kit"}[use]
+    ours = f"known_federation.{function or {'server': 'lead', 'site': 'answer_from_kit'}[use]}"
     program = (
         f"import sys; from pathlib import Path; {code}\n"
         f"from ml_src.cli._app import run; sys.exit(run(lambda words: f(*a, {ours!r}) or 0))"
     )
+    return process_of(program, *arguments)
+
+
+def start_command(*words: str) -> subprocess.Popen[bytes]:
+    """Start `ml-federated` in a process."""
+    return process_of("import sys; from ml_src.cli.federated import main; sys.exit(main(sys.argv[1:]))", *words)
+
+
+def process_of(program: str, *arguments: str) -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    # Where bytecode is not kept, half of a process's start is compiling.
-    environment["PYTHONPYCACHEPREFIX"] = BYTECODE.name
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    if environment.pop("PYTHONDONTWRITEBYTECODE", None):
+        environment["PYTHONPYCACHEPREFIX"] = str(BYTECODE)
     return subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
         env=environment,
@@ -198,3 +208,122 @@ def running(*processes: subprocess.Popen[bytes]) -> Iterator[None]:
             process.terminate()
         for process in processes:
             process.wait(30)
+
+
+# Trainings
+
+
+def write_data(folder: Path, names: list[str]) -> dict[str, Path]:
+    """Write a data set of 12 images or more for each site, with file names that nobody else may see."""
+    from ml_src.cli import split
+    from ml_src.core.data.sample import write_sample
+
+    found = {}
+    for index, name in enumerate(names):
+        data = found[name] = folder / name
+        write_sample(data, num_images=12 + 2 * index, height=64, width=64, seed=index)
+        for path in [*data.glob("images/*.png"), *data.glob("masks/*.png")]:
+            path.rename(path.with_name(f"{SECRET}_{name}_{path.name}"))
+        folders = ["--raw_data", str(data / "images"), "--mask_data", str(data / "masks")]
+        assert split.main([*folders, "--folds", "3", "--task", "segmentation"]) == 0
+    return found
+
+
+def lead_when_told(grid, kit: Path) -> None:
+    """Lead a real training as soon as there is a file KIT/begin."""
+    from ml_src.core.federated.from_kits import lead
+
+    while not (kit / "begin").exists():
+        time.sleep(0.02)
+    lead(grid, kit)
+
+
+def lead_and_repeat(grid, kit: Path) -> None:
+    """Lead a real training over a grid that repeats itself."""
+    from ml_src.core.federated.from_kits import lead
+
+    lead(_Repeating(grid, kit), kit)
+
+
+class _Repeating:
+    """A grid that sends each train message twice, and that of round 1 to each site in round 2 again.
+
+    KIT/heard has all that sites have answered, KIT/refusals what they said to the repeated messages.
+    """
+
+    def __init__(self, grid, kit: Path) -> None:
+        self._grid, self._kit = grid, kit
+        self._first: list = []
+        self._extra: set[str] = set()
+
+    def __getattr__(self, name: str):
+        return getattr(self._grid, name)
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        pushed = list(self._grid.push_messages(messages))
+        train = [message for message in messages if message.metadata.message_type == "train"]
+        if train:
+            again = [_copied(message) for message in [*train, *self._first]]
+            self._first = self._first or train
+            self._extra |= set(self._grid.push_messages(again))
+        return pushed
+
+    def pull_messages(self, message_ids):
+        replies = list(self._grid.pull_messages([*message_ids, *self._extra]))
+        with (self._kit / "heard").open("ab") as heard, (self._kit / "refusals").open("a") as refusals:
+            for reply in replies:
+                heard.write(_bytes_of(reply))
+                if reply.metadata.reply_to_message_id in self._extra:
+                    self._extra.remove(reply.metadata.reply_to_message_id)
+                    refusals.write(f"{reply.error.reason if reply.has_error() else 'answered'}\n")
+        return replies
+
+
+def _copied(message):
+    from flwr.app import Message
+
+    told = message.metadata
+    return Message(message.content, told.dst_node_id, told.message_type, ttl=told.ttl, group_id=told.group_id)
+
+
+def _bytes_of(reply) -> bytes:
+    if reply.has_error():
+        return reply.error.reason.encode()
+    plain = json.dumps({name: repr(dict(record)) for name, record in reply.content.config_records.items()})
+    arrays = [array.data for record in reply.content.array_records.values() for array in record.values()]
+    return b"".join([plain.encode(), *arrays])
+
+
+def hold(kit: Path, data_dir: Path):
+    """What a site answers with: in round 2 it keeps its trained weights until there is a file KIT/release."""
+
+    def held(message, reply):
+        if (message.metadata.message_type, message.metadata.group_id) == ("train", "2"):
+            (kit / "working").touch()
+            while not (kit / "release").exists():
+                time.sleep(0.02)
+        return reply
+
+    return _after(held, kit, data_dir)
+
+
+def spoil(kit: Path, data_dir: Path):
+    """What a site answers with: its weights of round 1 have one value that is no number."""
+
+    def spoiled(message, reply):
+        is_first = (message.metadata.message_type, message.metadata.group_id) == ("train", "1")
+        if is_first and not reply.has_error():
+            values = reply.content["arrays"]["parameters"].numpy().copy()
+            values[7] = np.nan
+            reply.content["arrays"]["parameters"] = _array(values)
+        return reply
+
+    return _after(spoiled, kit, data_dir)
+
+
+def _after(change: Callable, kit: Path, data_dir: Path):
+    from ml_src.core.federated.from_kits import answerer
+
+    answer = answerer(kit, data_dir)
+    return lambda message, context: change(message, answer(message, context))

@@ -117,6 +117,7 @@ def merge(facts: dict[str, Facts], config: Config) -> Fingerprint:
     known = {"the configuration": config.data.class_names} if config.data.class_names else {}
     _require_equal("classes", known | {name: facts[name].class_names for name in names if facts[name].class_names})
     _require_equal("number of classes", {name: facts[name].num_classes for name in names})
+    _require_equal("number of counted classes", {name: len(facts[name].class_counts) for name in names})
     _require_equal("value of unlabelled pixels", {name: facts[name].ignore_index for name in names})
     _require_equal("number of counted classes", {name: len(facts[name].class_counts) for name in names})
     class_names = next((facts[name].class_names for name in names if facts[name].class_names), None)

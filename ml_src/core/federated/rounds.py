@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from ml_src.core.config import Config
 from ml_src.core.device import seed_everything
 from ml_src.core.errors import ConfigError, TrainingError
 from ml_src.core.federated.aggregation import Aggregator, Update, least_sites, norm, sound
-from ml_src.core.federated.central import CentralPrivacy
 from ml_src.core.federated.journal import Journal
 from ml_src.core.federated.layout import Arrays, Layout
 from ml_src.core.federated.link import Answer, Link
@@ -33,6 +32,9 @@ from ml_src.core.federated.wire import Expected, Letter
 from ml_src.core.metrics.segmentation import Matrix
 from ml_src.core.network import build_model
 from ml_src.core.tasks import task_for
+
+if TYPE_CHECKING:
+    from ml_src.core.federated.central import CentralPrivacy
 
 MOST_ATTEMPTS = 3  # of one round
 CHOICE = 7  # keeps the choice of sites apart from other random numbers of the same seed
@@ -51,8 +53,11 @@ class Federation:
         self.weights = self.layout.flatten(self.network)
         self.aggregator = Aggregator(self.federated)
         self.num_chosen = min(max(round(self.federated.fraction * num_sites), self.federated.quorum), num_sites)
-        central = self.federated.central_dp
-        self.privacy = None if central is None else CentralPrivacy(central, self.num_chosen)
+        self.privacy: CentralPrivacy | None = None
+        if self.federated.central_dp is not None:
+            from ml_src.core.federated.central import CentralPrivacy  # takes two seconds to import
+
+            self.privacy = CentralPrivacy(self.federated.central_dp, self.num_chosen)
         if self.num_chosen < least_sites(self.federated):
             raise ConfigError(
                 f"federated.strategy {self.federated.strategy.type} needs {least_sites(self.federated)} sites in a "
@@ -88,8 +93,14 @@ class Federation:
         wanted = self.federated.rounds - self.round
         if self.privacy is None or wanted <= 0:
             return self.federated.rounds
-        log.info(self.privacy.sentence(wanted, self.round))
-        return self.round + self.privacy.allowed_rounds(wanted)
+        try:
+            log.info(self.privacy.sentence(wanted, self.round))
+            return self.round + self.privacy.allowed_rounds(wanted)
+        except TrainingError as error:
+            if not self.round:
+                raise
+            log.info("Privacy: %s", error)  # what was trained before can still be measured
+            return self.round
 
     # Rounds.
 
@@ -101,9 +112,10 @@ class Federation:
             chosen = self.choose(present, number)
             try:
                 found = self._sums(number, chosen) if self._is_secure else self._updates(number, present, chosen)
+                self._require_enough(found)  # first, or a round that is tried again would be scored by a few, and twice
+                self._enter(number - 1, found.scores)
                 if self.journal.stop:
                     return
-                self._require_enough(found)
             except SecureError as error:
                 log.warning("round %d: %s; trying again", number, error)
             else:
@@ -132,10 +144,11 @@ class Federation:
     def _updates(self, number: int, present: list[str], chosen: list[str]) -> "Found":
         """Ask every site for its update or its scores, and return what can be used."""
         answers = self._wave(number, present, chosen)
-        self._measured(number - 1, answers)
-        found = Found(privacy=_privacy(answers))
+        found = Found(privacy=_privacy(answers), scores=self._measured(answers) if number > 1 else None)
         for answer, letter in answers:
-            if letter.kind == "train":
+            if "ended" in letter.values:
+                self.session.trouble(answer.site, str(letter.values["ended"])[:500])
+            elif letter.kind == "train":
                 update = Update(
                     answer.site,
                     self.session.num_images[answer.site],  # as told before round 1: nobody can make itself heavier
@@ -170,10 +183,15 @@ class Federation:
         tally, survivors = secure_sum(self.session.ask, opened, len(chosen), sum(sizes.values()), num_classes**2 + 3)
         num_val, num_images, _ = tally.counts[-3:].tolist()
         total = self.session.total_images
-        if number > 1:
-            self._enter(number - 1, tally.counts[:-3], float(tally.losses[1]) * total / max(num_val, 1), {})
         found = Found(num_images=num_images, privacy=_privacy(opened))
-        found.sites = {a.site: self._told(a, one, None) for a, one in opened if a.site in survivors}
+        if number > 1:
+            loss = float(tally.losses[1]) * total / max(num_val, 1)
+            found.scores = Scores(self._scores(tally.counts[:-3]) | {"loss": loss}, {})
+        for answer, one in opened:
+            if "ended" in one.values:
+                self.session.trouble(answer.site, str(one.values["ended"])[:500])
+            elif answer.site in survivors:
+                found.sites[answer.site] = self._told(answer, one, None)
         if num_images:
             mean = tally.change * total / num_images
             found.change = {"parameters": mean[: sizes["parameters"]], "buffers": mean[sizes["parameters"] :]}
@@ -254,10 +272,10 @@ class Federation:
 
     # Scores.
 
-    def _measured(self, number: int, answers: list[tuple[Answer, Letter]]) -> None:
-        """Enter what the sites found of the weights of round `number`."""
-        if number == 0 or not answers:
-            return
+    def _measured(self, answers: list[tuple[Answer, Letter]]) -> "Scores | None":
+        """Return what the sites found of the weights that they were sent; None where no one has answered."""
+        if not answers:
+            return None
         scores = {}
         total = np.zeros(self.config.data.num_classes**2, np.int64)
         loss_sum = num_val = 0.0
@@ -267,10 +285,12 @@ class Federation:
             scores[answer.site] = self._scores(counts) | {"loss": math.nan if loss is None else loss}
             loss_sum, num_val = loss_sum + (loss or 0.0) * (images or 0.0), num_val + (images or 0.0)
             total += counts
-        self._enter(number, total, loss_sum / max(num_val, 1), scores)
+        return Scores(self._scores(total) | {"loss": loss_sum / max(num_val, 1)}, scores)
 
-    def _enter(self, number: int, counts: NDArray[np.int64], loss: float, sites: dict[str, dict[str, float]]) -> None:
-        self.journal.measured(number, self._scores(counts) | {"loss": loss}, sites, self._state())
+    def _enter(self, number: int, scores: "Scores | None") -> None:
+        """Enter the scores of the weights of round `number`."""
+        if scores is not None:
+            self.journal.measured(number, scores.total, scores.sites, self._state())
 
     def _scores(self, counts: NDArray[np.int64]) -> dict[str, float]:
         metric = task_for(self.config).metric()
@@ -279,13 +299,13 @@ class Federation:
 
     def measure_last(self) -> None:
         """Let all sites measure the weights of the last round."""
-        if self.journal.is_measured(self.round):
-            return
-        present = sorted(set(self.session.num_images) & set(self.session.link.nodes()))
-        if self._is_secure:
-            self._sums(self.round + 1, present, "evaluate")
-        else:
-            self._measured(self.round, self._wave(self.round + 1, present, []))
+        if not self.journal.is_measured(self.round):
+            present = sorted(set(self.session.num_images) & set(self.session.link.nodes()))
+            if self._is_secure:
+                scores = self._sums(self.round + 1, present, "evaluate").scores
+            else:
+                scores = self._measured(self._wave(self.round + 1, present, []))
+            self._enter(self.round, scores)
         self.journal.save(self._state())
 
     def measure(self, state_dict: Mapping[str, Any]) -> dict[str, tuple[Matrix, dict[str, Matrix]]]:
@@ -310,6 +330,14 @@ class Federation:
         return found
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Of the weights of a round, over the validation images of all sites together, and of each site."""
+
+    total: dict[str, float]
+    sites: dict[str, dict[str, float]]
+
+
 @dataclass
 class Found:
     """What a round brought: updates, or under secure aggregation their mean change alone."""
@@ -321,6 +349,7 @@ class Found:
     num_images: int = 0
     change: dict[str, NDArray[np.float64]] | None = None
     train_loss: float | None = None
+    scores: Scores | None = None  # of the weights that the round began with
 
 
 def _privacy(answers: list[tuple[Answer, Letter]]) -> dict[str, dict[str, Any]]:
@@ -329,5 +358,6 @@ def _privacy(answers: list[tuple[Answer, Letter]]) -> dict[str, dict[str, Any]]:
 
 
 def _number(values: Mapping[str, Any], key: str) -> float | None:
+    """A number that a site tells; None where it is none, or so large that it cannot be reckoned with."""
     value = values.get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18 else None

@@ -11,7 +11,8 @@ from types import FrameType
 
 from ml_src.core.allocator import keep_freed_memory
 from ml_src.core.atomic import remove_leftovers, write_text
-from ml_src.core.checkpoint import load_checkpoint
+from ml_src.core.callbacks import build_callbacks
+from ml_src.core.checkpoint import load_checkpoint, previous_of
 from ml_src.core.config import Config
 from ml_src.core.config_file import parse_config, to_yaml
 from ml_src.core.errors import CheckpointError, ConfigError
@@ -47,13 +48,20 @@ def train(config: Config, resume: Path | None = None, overwrite: bool = False) -
     run_dir = config.run_dir if resume is None else resume.parent.parent
     if contents is None:
         with TemporaryDirectory() as scratch:  # nothing is written before all is known to be well
-            for site in site_configs(config, Path(scratch)).values():
+            found = site_configs(config, Path(scratch))
+            for site in found.values():
                 task_for(site).check_data()
+            build_callbacks(config, task_for(config).monitors, [], False)
+            Federation(config, Link(LocalGrid({}), dict), run_dir, len(found))
         open_run(run_dir, overwrite, command("ml-train --resume", run_dir, config))
     else:
         _require_same(parse_config(contents["config"], source=str(resume)), config, contents, run_dir)
     with log_to(run_dir / "logs" / "train.log"):
         remove_leftovers(run_dir / "weights")
+        (run_dir / "metrics.json").unlink(missing_ok=True)  # no longer finished
+        last = run_dir / "weights" / "last.pt"
+        if resume is not None and resume == previous_of(last) and last.exists():
+            last.replace(last.with_name("last.aside.pt"))  # or the next save would keep it as the previous one
         write_text(run_dir / "config.yaml", to_yaml(config))
         configs = site_configs(config, run_dir / "sites")
         names = list(configs)
@@ -63,7 +71,7 @@ def train(config: Config, resume: Path | None = None, overwrite: bool = False) -
         ]
         nodes = {name: number for number, name in enumerate(names, start=1)}
         grid = LocalGrid({nodes[site.name]: partial(answer, site) for site in sites})
-        federation = Federation(config, Link(grid, lambda: nodes), run_dir, len(sites))
+        federation = Federation(config, Link(grid, lambda: nodes, is_patient=True), run_dir, len(sites))
         if contents is not None:
             federation.restore(contents)
         log.info("%s, %d sites: %s", run_dir, len(names), ", ".join(names))

@@ -6,8 +6,9 @@ state and (FedBN) batch normalisation stay with it. Next to read: `rounds.py`, t
 
 import json
 import logging
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ml_src.core.atomic import remove_leftovers, write_json
 from ml_src.core.callbacks import Callback
 from ml_src.core.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from ml_src.core.config import Config
-from ml_src.core.errors import DataError
+from ml_src.core.errors import DataError, TrainingError
 from ml_src.core.federated.facts import collect
 from ml_src.core.federated.layout import Layout
 from ml_src.core.federated.secure_round import PHASES, Keys, Masking, Tally
@@ -36,7 +37,7 @@ from ml_src.core.trainers.loop import evaluate, train_epoch
 from ml_src.core.trainers.training import Progress, Training
 
 PERSONAL = "personal.pt"  # FedBN: the weights of all with the batch normalisation of this site, as last measured
-KEPT = 2  # states of rounds: the server may lose its last one, and ask for it again
+KEPT = 3  # states of rounds: one that may not count yet, and two of which the server may lose the last one
 log = logging.getLogger("ml_src")
 
 
@@ -118,15 +119,15 @@ class Site:
             if letter.session in state.sessions:
                 raise WireError(f"session {letter.session[:16]} has begun before: a replayed message is refused")
             return
-        if letter.session != state.session:
+        if not letter.session or letter.session != state.session:
             raise WireError(f"the message is of session {letter.session[:16]}, which is not under way: refused")
         if self.federated.secure_aggregation and letter.kind == "measure":
             raise WireError("secure aggregation hides the scores of single sites: refused")
         if letter.kind in ("train", "evaluate", "measure"):
             if state.shared is None:
                 raise WireError("no round before the statistics of all sites are known: send settle first")
-            if letter.kind == "train" and letter.round <= state.trained:
-                raise WireError(f"round {letter.round} was trained before: a replayed message is refused")
+            if letter.kind != "measure" and letter.round <= state.answered:
+                raise WireError(f"round {letter.round} was answered before: a replayed message is refused")
             last = self.federated.rounds + (letter.kind == "evaluate")
             if not 1 <= letter.round <= last:
                 raise WireError(f"round {letter.round} is beyond the {self.federated.rounds} of this site's kit")
@@ -144,11 +145,13 @@ class Site:
         known = {"mean": channels, "std": channels, "class_counts": num_classes}
         for key, length in known.items():
             values = shared.get(key)
-            numbers = isinstance(values, list) and all(type(v) in (int, float) and v == v for v in values)
+            numbers = isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
             if values is not None and not (numbers and len(values) == length):
                 raise WireError(f"{key} of all sites must be {length} numbers")
         if self.config.needs_statistics and (shared.get("mean") is None or min(shared.get("std") or [0]) <= 0):
             raise WireError("mean and std of all sites are needed, with std above 0")
+        if self.config.loss.class_weights == "balanced" and min(shared.get("class_counts") or [-1]) < 0:
+            raise WireError("class_counts of all sites are needed, none below 0")
         num_images = shared.get("num_images")
         if not isinstance(num_images, int) or num_images < 1:
             raise WireError("the number of all sites' images is missing")
@@ -158,7 +161,8 @@ class Site:
     def settled(self) -> Config:
         """Return the site's configuration with the statistics of all sites."""
         config, shared = self.config, self.state.shared
-        assert shared is not None
+        if shared is None:
+            raise DataError(f"{self.name} has taken no part since it was started: its images could not be read")
         if config.needs_statistics:
             config = config.with_statistics(shared["mean"], shared["std"])
         if config.loss.class_weights == "balanced":
@@ -170,12 +174,10 @@ class Site:
 
     def _work(self, letter: Letter) -> Letter:
         started = time.monotonic()
-        t = self._at(letter.round if letter.kind == "train" else self.done + 1)
+        t = self._at(letter.round)
         set_random_state(self.random)  # several sites of a simulation share one process
         try:
-            self.layout.load(
-                t.network, letter.arrays, self.layout.of_batch_norm if self.is_personal and self.done else ()
-            )
+            self.layout.load(t.network, letter.arrays, self._kept())
             arrays, values = self._measured(t) if letter.round > 1 else ({}, {})
             if self.is_personal and letter.round > 1:
                 save_checkpoint(self.folder / "weights" / PERSONAL, t.checkpoint())
@@ -191,18 +193,20 @@ class Site:
                 t.train_loader.close()
                 t.val_loader.close()
         if letter.kind == "train":
-            self._save(letter.round)
+            if not self.ends.refusal or values["num_steps"]:
+                self._save(letter.round)
             values |= self._privacy()
+        self.state.answer(letter.round)
         if not self.federated.secure_aggregation:
             return letter.answer(arrays, values | {"seconds": time.monotonic() - started})
         self.masking = Masking(self.name, letter, self._tally(letter, arrays, values), self.keys)
-        plain = {key: values[key] for key in ("backend", "privacy") if key in values}
+        plain = {key: values[key] for key in ("backend", "privacy", "ended") if key in values}
         return self.masking.begin(letter, plain | {"seconds": time.monotonic() - started})
 
     def _measure(self, letter: Letter) -> Letter:
         """Measure weights on the validation and test images at their own size; what leaves is a matrix of counts."""
-        t = self._at(self.done + 1)
-        self.layout.load(t.network, letter.arrays, self.layout.of_batch_norm if self.is_personal else ())
+        t = self._at(letter.round + 1)
+        self.layout.load(t.network, letter.arrays, self._kept())
         config, path = self.settled(), self.folder / "weights"
         member = TorchMember(path=path, config=config, network=placed(t.network, t.device), device=t.device)
         splits, num_classes = t.task.measured_splits(), config.data.num_classes
@@ -214,6 +218,10 @@ class Site:
             for split in ("val", "test")
         }
         return letter.answer(arrays)
+
+    def _kept(self) -> Collection[str]:
+        """Names of the weights that are this site's own, once it has trained."""
+        return self.layout.of_batch_norm if self.is_personal and self.done else ()
 
     def _tally(self, letter: Letter, arrays: dict[str, Any], values: dict[str, Any]) -> Tally:
         """Return what this site adds to the sum, each part weighted by its share of all sites' images."""
@@ -232,16 +240,19 @@ class Site:
     def _at(self, number: int) -> Training:
         """Return the training as it was left before round `number`: that in memory, or the newest one on the disk."""
         if self.training is None or self.done >= number:
-            self.training = t = self._built()
-            self.done = 0
+            self.training, self.done, t = None, 0, self._built()
             for saved, path in sorted(self._saved(), reverse=True):
                 if saved < number:
                     t.restore(load_checkpoint(path), path)
                     self.done = saved
                     break
             self.random = random_state()
-            for callback in t.callbacks:
-                callback.on_start(t)
+            try:
+                for callback in t.callbacks:
+                    callback.on_start(t)
+            except TrainingError as error:  # the budget of dp is spent
+                self.ends.refusal = str(error)
+            self.training = t
         return self.training
 
     def _built(self) -> Training:
@@ -275,8 +286,8 @@ class Site:
         t.backend.rekey(f"{letter.round}".encode() + letter.arrays["parameters"].tobytes())
         t.progress = Progress(first // per_epoch, first, first % per_epoch)
         t.schedule.load_state_dict(t.schedule.state_dict() | {"num_steps": first})
-        if self.ends.refusal:
-            raise WireError(f"{self.name} takes part no longer: {self.ends.refusal}")
+        if self.ends.refusal:  # what it measures is still of use
+            return {"num_images": 0, "num_steps": 0, "ended": f"takes part no longer: {self.ends.refusal}"}
         t.stop, self.ends.last_step = "", first + self.num_steps
         plain, near = t.criterion, _proximal(self.federated.strategy)
         t.criterion = Proximal(plain, t.network, near) if near else plain
@@ -315,7 +326,6 @@ class Site:
         t.backend.before_save(self.folder)
         save_checkpoint(self.folder / "weights" / f"round_{number}.pt", contents)
         self.done = number
-        self.state.train(number)
         of_before = sorted(saved for saved in self._saved() if saved[0] <= number)[-KEPT:]
         for saved in set(self._saved()) - set(of_before):  # later ones are of a round that is done again
             saved[1].unlink(missing_ok=True)
@@ -366,12 +376,12 @@ class _State:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.sessions: list[str] = []
-        self.trained = 0
+        self.answered = 0  # the last round of the session
         self.shared: dict[str, Any] | None = None
         if path.exists():
             try:
                 stored = json.loads(path.read_bytes())
-                self.sessions, self.trained, self.shared = stored["sessions"], stored["trained"], stored["shared"]
+                self.sessions, self.answered, self.shared = stored["sessions"], stored["answered"], stored["shared"]
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
                     f"{path} is damaged: put it back, or remove this site's folder to begin anew"
@@ -384,16 +394,16 @@ class _State:
 
     def open(self, session: str) -> None:
         """Begin a session: the server has been started anew, and may ask for its last round again."""
-        self.sessions, self.trained, self.shared = [*self.sessions, session], 0, None
+        self.sessions, self.answered, self.shared = [*self.sessions, session], 0, None
         self._write()
 
     def settle(self, shared: dict[str, Any]) -> None:
         self.shared = shared
         self._write()
 
-    def train(self, number: int) -> None:
-        self.trained = number
+    def answer(self, number: int) -> None:
+        self.answered = number
         self._write()
 
     def _write(self) -> None:
-        write_json(self.path, {"sessions": self.sessions, "trained": self.trained, "shared": self.shared})
+        write_json(self.path, {"sessions": self.sessions, "answered": self.answered, "shared": self.shared})

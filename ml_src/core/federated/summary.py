@@ -1,14 +1,16 @@
 """The end of a federated run: its best round measured on the images of every site, alone and all together."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from ml_src.core.atomic import write_json, write_text
 from ml_src.core.checkpoint import load_checkpoint, load_weights
 from ml_src.core.device import choose_device
+from ml_src.core.errors import MLError
 from ml_src.core.federated.journal import Journal
 from ml_src.core.federated.site import PERSONAL, Site
 from ml_src.core.inference.measure import TITLES, Comparison, Measuring, compare_split, report, results
@@ -27,21 +29,15 @@ def measure(journal: Journal, sites: Mapping[str, Site]) -> str:
     Returns the summary. metrics.json is written last: its presence says that the run is finished.
     """
     config, run_dir = journal.config, journal.run_dir
-    path = run_dir / "weights" / "best.pt"
     device = choose_device(config.training.device)
-    best = load_checkpoint(path, device)
+    best = load_checkpoint(run_dir / "weights" / "best.pt", device)
     found: dict[str, dict[str, Comparison]] = {"val": {}, "test": {}}
     for name, site in sites.items():
-        network, own = build_model(config.model), site.folder / "weights" / PERSONAL
-        if site.is_personal and own.exists():
-            load_weights(network, load_checkpoint(own, device)["model_state_dict"], own)
-        else:
-            load_weights(network, best["model_state_dict"], path)
-        member = TorchMember(path=path, config=site.settled(), network=placed(network, device), device=device)
-        for split in task_for(site.settled()).measured_splits():
-            log.info("Measuring round %d on %s of %s ...", best["epoch"], split, name)
-            options, steps = Options(batch_size=config.training.batch_size), config.inference.postprocess
-            found[split][name] = compare_split([member], split, options, steps, Measuring())
+        try:
+            for split, comparison in _measured(site, journal, best, device):
+                found[split][name] = comparison
+        except MLError as error:  # its images are gone: those of the others can be measured
+            log.warning("%s is not measured: %s", name, error)
     reports = {
         split: _report(parts, config.class_names, config.ignore_index) for split, parts in found.items() if parts
     }
@@ -63,6 +59,24 @@ def measure(journal: Journal, sites: Mapping[str, Site]) -> str:
     }
     write_json(run_dir / "metrics.json", contents)
     return summary
+
+
+def _measured(
+    site: Site, journal: Journal, best: Mapping[str, Any], device: torch.device
+) -> Iterator[tuple[str, Comparison]]:
+    """Yield each split of a site, and how the best weights, under FedBN the site's own, do on it."""
+    config, path = journal.config, journal.run_dir / "weights" / "best.pt"
+    network, own = build_model(config.model), site.folder / "weights" / PERSONAL
+    if site.is_personal and own.exists():
+        load_weights(network, load_checkpoint(own, device)["model_state_dict"], own)
+    else:
+        load_weights(network, best["model_state_dict"], path)
+    settled = site.settled()
+    member = TorchMember(path=path, config=settled, network=placed(network, device), device=device)
+    for split in task_for(settled).measured_splits():
+        log.info("Measuring round %d on %s of %s ...", best["epoch"], split, site.name)
+        options, steps = Options(batch_size=config.training.batch_size), config.inference.postprocess
+        yield split, compare_split([member], split, options, steps, Measuring())
 
 
 def _report(parts: Mapping[str, Comparison], class_names: list[str], ignore_index: int) -> dict[str, Any]:

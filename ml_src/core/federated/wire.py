@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from ml_src.core.errors import TrainingError
 
 HEADER = 1024  # bytes that NumPy's format may put before the values
-MOST_TEXT = 1 << 20  # characters of the plain values of a letter
+MOST_TEXT = 1 << 20  # characters of the plain values of a letter, and bytes of its sealed parts
 ENVELOPE, ARRAYS, SEALED = "letter", "arrays", "sealed"
 
 
@@ -95,6 +95,8 @@ def from_record(record: RecordDict, expected: Mapping[str, Mapping[str, Expected
         raise WireError(f"the message has the arrays {_names(arrays)}, expected were {_names(expected[kind])}")
     if not all(isinstance(part, bytes) for part in sealed.values()):
         raise WireError("a sealed part of the message is not bytes")
+    if sum(len(part) for part in sealed.values() if isinstance(part, bytes)) > MOST_TEXT:
+        raise WireError(f"the sealed parts of the message have more than {MOST_TEXT} bytes")
     return Letter(
         kind,
         session,
@@ -113,7 +115,7 @@ def _plain(text: Any) -> dict[str, Any]:
     if not isinstance(text, str) or len(text) > MOST_TEXT:
         raise WireError("the plain values of the message are missing or too many")
     try:
-        values = json.loads(text, parse_constant=_refused)
+        values = json.loads(text, parse_constant=_refused, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise WireError("the plain values of the message cannot be read") from error
     if not isinstance(values, dict):
@@ -121,8 +123,16 @@ def _plain(text: Any) -> dict[str, Any]:
     return values
 
 
-def _refused(word: str) -> None:
+def _refused(word: str) -> NoReturn:
     raise ValueError(word)
+
+
+def _finite(word: str) -> float:
+    """1e999 is a number in JSON, and infinity in Python."""
+    number = float(word)
+    if not math.isfinite(number):
+        _refused(word)
+    return number
 
 
 def _opened(name: str, array: Array, expected: Expected) -> NDArray[Any]:
@@ -139,6 +149,8 @@ def _opened(name: str, array: Array, expected: Expected) -> NDArray[Any]:
         values: NDArray[Any] = array.numpy()
     except Exception as error:  # whatever NumPy says of bytes from elsewhere
         raise WireError(f"{name} cannot be read as an array") from error
+    if not isinstance(values, np.ndarray):  # NumPy opens archives too
+        raise WireError(f"{name} cannot be read as an array")
     if (str(values.dtype), values.shape) != (expected.dtype, expected.shape):
         raise WireError(f"{name} holds {values.dtype} {values.shape}, not what it says")
     if values.dtype.kind == "f" and not np.isfinite(values).all():

@@ -10,7 +10,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,21 +41,22 @@ def serve(folder: Path, lead: str = LEAD) -> None:
         children: list[Child] = []
         with ending(children):
             children.append(Child("superlink", _superlink(kit), kit.state / "superlink.log"))
+            function = named(lead)  # what it imports takes as long as the SuperLink's start
             _wait_until_up(kit, children[0])
             log.info("the server listens on %s:%d for %s", kit.listen, kit.port, ", ".join(kit.public_keys))
             with _interrupting_when_ended(children[0]):
-                _lead(kit, secret, lead)
+                _lead(kit, secret, function)
         log.info("the server has ended")
 
 
-def _lead(kit: ServerKit, secret: bytes, lead: str) -> None:
+def _lead(kit: ServerKit, secret: bytes, lead: Callable[..., object]) -> None:
     from ml_src.core.federated.processes import runtime
 
     with runtime.control(kit) as client:
         runtime.register_sites(client, {name: public_pem(key) for name, key in kit.public_keys.items()})
         runtime.start_run(client)
     with runtime.grid_of_run(kit, secret) as grid:
-        named(lead)(grid, kit.folder)
+        lead(grid, kit.folder)
 
 
 def _superlink(kit: ServerKit) -> list[str]:

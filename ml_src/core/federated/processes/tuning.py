@@ -4,8 +4,8 @@ Both sides announce a message before its parts are there, so that the first atte
 waits a second then (`supercore/inflatable/inflatable_utils.py`), which would be most of a round.
 """
 
-FIRST_WAIT, LONGEST_WAIT = 0.02, 1.0  # seconds between two attempts, doubled each time
-MAX_ATTEMPTS = 7200
+FIRST_WAIT, LONGEST_WAIT = 0.02, 0.2  # seconds between two attempts, doubled each time
+MAX_ATTEMPTS = 36000
 
 
 def fetch_soon() -> None:
