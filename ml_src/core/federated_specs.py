@@ -160,7 +160,7 @@ class FederatedConfig(Section):
     backend: Literal["standard", "mixed_precision", "dp"] = "standard"
     """How a step runs at a site; `dp` reads training.dp, each site has its own budget."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the sites that train in a round; all are measured."""
+    """Share of the sites that train in a round; all are measured, under secure_aggregation those that train."""
     min_sites: Positive | None = None
     """Sites without whose updates a round does not count; 2 (of one site 1) when left out."""
     round_timeout: Rate = 3600.0

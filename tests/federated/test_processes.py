@@ -30,6 +30,7 @@ from ml_src.core.federated.processes.status import status
 from ml_src.core.federated.processes.superlink import FLEET, HELLO, TOKEN_HEADER, Gate
 from ml_src.core.federated.processes.supernode import FIRST_NAP, LOCAL_NAP, LONGEST_NAP, Naps
 
+pytestmark = pytest.mark.xdist_group("processes")
 TOKEN = "a1" * 32
 KEY = b"-----BEGIN PUBLIC KEY-----\n"
 MAX_BYTES = 1000

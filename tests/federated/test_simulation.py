@@ -56,7 +56,7 @@ def test_a_part_of_the_sites_is_the_same_part_in_two_runs_and_all_are_measured(c
 def test_fedbn_leaves_batch_normalisation_at_the_sites_and_nothing_else(configure: Configure) -> None:
     config = configure({"optimizer.lr": 0.02}, personalize="batch_norm")
     led(config)
-    own = [weights(config.run_dir / "sites" / f"site_{number}", "personal.pt") for number in range(3)]
+    own = [weights(config.run_dir / "sites" / f"site_{number}", "personal_2.pt") for number in range(3)]
     of_batch_norm = Layout.of(build_model(config.model)).of_batch_norm
     common = weights(config.run_dir)
     for one, other in ((0, 1), (1, 2), (0, 2)):

@@ -16,8 +16,8 @@ from ml_src.core.atomic import remove_leftovers, write_json, write_text
 from ml_src.core.checkpoint import load_checkpoint, previous_of
 from ml_src.core.config import Config
 from ml_src.core.config_file import parse_config, to_yaml
-from ml_src.core.errors import CheckpointError
 from ml_src.core.federated import client
+from ml_src.core.federated.journal import require_same_federation, set_aside
 from ml_src.core.federated.kits import read_server_kit, read_site_kit
 from ml_src.core.federated.link import Link
 from ml_src.core.federated.processes.runtime import connected_since, connected_sites
@@ -51,6 +51,7 @@ def lead(grid: Grid, folder: Path) -> None:
         contents = load_checkpoint(path)
         _require_same(parse_config(contents["config"], source=str(path)), config, path)
         federation.restore(contents)
+        set_aside(path, last)
         log.info("going on after round %d", federation.round)
     write_text(run_dir / "config.yaml", to_yaml(config))
     try:
@@ -62,9 +63,7 @@ def lead(grid: Grid, folder: Path) -> None:
 
 def _require_same(before: Config, now: Config, path: Path) -> None:
     assert now.federated is not None
-    old = before.federated
-    if old is None or old.model_copy(update={"rounds": now.federated.rounds}) != now.federated:
-        raise CheckpointError(f"{path} was trained with another section federated: put config.yaml back as it was")
+    require_same_federation(before.federated, now.federated, path)
 
 
 def _conclude(federation: Federation, run_dir: Path) -> None:

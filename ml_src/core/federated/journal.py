@@ -16,10 +16,12 @@ import torch
 
 from ml_src.core.atomic import write_json
 from ml_src.core.callbacks import StopEarly
-from ml_src.core.checkpoint import save_checkpoint
+from ml_src.core.checkpoint import previous_of, save_checkpoint
 from ml_src.core.config import Config, EarlyStopping, ModelCheckpoint
 from ml_src.core.config_file import plain
+from ml_src.core.errors import CheckpointError
 from ml_src.core.federated.facts import Fingerprint
+from ml_src.core.federated_specs import FederatedConfig
 
 MOST_TROUBLES = 200  # kept of what went wrong
 log = logging.getLogger("ml_src")
@@ -54,6 +56,7 @@ class Journal:
         self.best, self.best_round = own["best"], own["best_round"]
         if self.early is not None:
             self.early.load_state_dict(own["early_stopping"])
+            self.stop = self.early.reason
         self.seconds_before = float(contents["seconds"])
 
     def begin(self, fingerprint: Fingerprint) -> None:
@@ -213,3 +216,22 @@ def _defined(value: float) -> float | None:
 def _most_steps(entry: Mapping[str, Any]) -> int:
     """Steps of the site that took most of them in a round; 0 where secure aggregation hides them."""
     return max((int(one["num_steps"] or 0) for one in entry["sites"].values()), default=0)
+
+
+def require_same_federation(before: FederatedConfig | None, now: FederatedConfig, path: Path) -> None:
+    """Refuse to go on with what would be another training; how long, and with how many at least, may change.
+
+    Raises: CheckpointError.
+    """
+    free = {key: getattr(now, key) for key in ("rounds", "min_sites", "round_timeout")}
+    if before is None or before.model_copy(update=free) != now:
+        raise CheckpointError(
+            f"{path} was trained with another section federated, of which only {', '.join(free)} may change: "
+            "put it back, or start a new run"
+        )
+
+
+def set_aside(path: Path, last: Path) -> None:
+    """Move a damaged last.pt away, where the one before it at `path` is gone on from: it must not replace that."""
+    if path == previous_of(last) and last.exists():
+        last.replace(last.with_name("last.aside.pt"))

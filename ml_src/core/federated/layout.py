@@ -21,7 +21,7 @@ class Layout:
 
     parameters: dict[str, torch.Size]
     buffers: dict[str, torch.Size]
-    of_batch_norm: frozenset[str]  # the names, among both, that FedBN leaves at the site
+    of_batch_norm: frozenset[str]  # the names, among both, that a site does not take over under FedBN
 
     @classmethod
     def of(cls, network: nn.Module) -> "Layout":

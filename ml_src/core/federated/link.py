@@ -11,6 +11,7 @@ from ml_src.core.errors import MLError
 from ml_src.core.federated.wire import Expected, Letter, WireError, from_record, to_record
 
 FIRST_NAP, LONGEST_NAP = 0.05, 0.25  # seconds between two looks for answers
+MOST_WORDS = 500  # characters of a site's sentence
 LOOK = 1.0  # seconds between two looks for who is connected
 
 
@@ -78,7 +79,9 @@ class Link:
             if time.monotonic() - looked > LOOK:
                 looked, now = time.monotonic(), self.since()
                 for key in [key for key, site in waiting.items() if now.get(site) != since.get(site)]:
-                    yield Answer(waiting.pop(key), None, "was started anew, and has lost its message", is_lost=True)
+                    site = waiting.pop(key)
+                    why = "was started anew" if site in now else "is no longer connected"
+                    yield Answer(site, None, f"{why}, and has lost its message", is_lost=True)
         for site in waiting.values():
             yield Answer(site, None, f"has not answered within {timeout:g} s", is_lost=True)
 
@@ -87,7 +90,7 @@ def _answer(
     site: str, letter: Letter, reply: Message, expected: Mapping[str, Mapping[str, Expected]], seconds: float
 ) -> Answer:
     if reply.has_error():
-        return Answer(site, None, f"refused: {reply.error.reason}", 0, seconds)
+        return Answer(site, None, f"refused: {' '.join(str(reply.error.reason).split())[:MOST_WORDS]}", 0, seconds)
     try:
         found = from_record(reply.content, expected)
         if (found.kind, found.session, found.round) != (letter.kind, letter.session, letter.round):

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ml_src.core.federated.central import CentralPrivacy
 
 MOST_ATTEMPTS = 3  # of one round
+MOST_PIXELS = 2**50  # of one pair of classes at one site
 CHOICE = 7  # keeps the choice of sites apart from other random numbers of the same seed
 log = logging.getLogger("ml_src")
 
@@ -55,9 +56,9 @@ class Federation:
         self.num_chosen = min(max(round(self.federated.fraction * num_sites), self.federated.quorum), num_sites)
         self.privacy: CentralPrivacy | None = None
         if self.federated.central_dp is not None:
-            from ml_src.core.federated.central import CentralPrivacy  # takes two seconds to import
+            from ml_src.core.federated import central  # takes two seconds to import
 
-            self.privacy = CentralPrivacy(self.federated.central_dp, self.num_chosen)
+            self.privacy = central.CentralPrivacy(self.federated.central_dp, self.num_chosen)
         if self.num_chosen < least_sites(self.federated):
             raise ConfigError(
                 f"federated.strategy {self.federated.strategy.type} needs {least_sites(self.federated)} sites in a "
@@ -112,6 +113,10 @@ class Federation:
             chosen = self.choose(present, number)
             try:
                 found = self._sums(number, chosen) if self._is_secure else self._updates(number, present, chosen)
+                if found.ended and not found.sites:
+                    self.journal.stop = "the privacy budgets of the sites are spent"
+                    self._enter(number - 1, found.scores)
+                    return
                 self._require_enough(found)  # first, or a round that is tried again would be scored by a few, and twice
                 self._enter(number - 1, found.scores)
                 if self.journal.stop:
@@ -147,6 +152,7 @@ class Federation:
         found = Found(privacy=_privacy(answers), scores=self._measured(answers) if number > 1 else None)
         for answer, letter in answers:
             if "ended" in letter.values:
+                found.ended.append(answer.site)
                 self.session.trouble(answer.site, str(letter.values["ended"])[:500])
             elif letter.kind == "train":
                 update = Update(
@@ -166,7 +172,11 @@ class Federation:
 
     def _wave(self, number: int, present: list[str], chosen: list[str]) -> list[tuple[Answer, Letter]]:
         """Send the weights to all; return the usable answers."""
-        letters = {kind: self.session.letter(kind, number, arrays=self.weights) for kind in ("train", "evaluate")}
+        values = {"best_round": self.journal.best_round}
+        letters = {
+            kind: self.session.letter(kind, number, arrays=self.weights, values=values)
+            for kind in ("train", "evaluate")
+        }
         asked = {site: letters["train" if site in chosen else "evaluate"] for site in present}
         if number == 1:  # the weights before it are those that chance gave: nobody measures them
             asked = {site: letter for site, letter in asked.items() if site in chosen}
@@ -176,11 +186,12 @@ class Federation:
 
     def _sums(self, number: int, chosen: list[str], kind: str = "train") -> "Found":
         """Ask the chosen sites, and learn no more than the sum of what they have."""
-        values = {"num_sites": len(chosen)}
+        values = {"num_sites": len(chosen), "best_round": self.journal.best_round}
         letter = self.session.letter(kind, number, arrays=self.weights, values=values)
         opened = self.session.ask(dict.fromkeys(chosen, letter), {kind: {}})
         sizes, num_classes = self.layout.sizes, self.config.data.num_classes
-        tally, survivors = secure_sum(self.session.ask, opened, len(chosen), sum(sizes.values()), num_classes**2 + 3)
+        num_values, num_counts, least = sum(sizes.values()), num_classes**2 + 3, self.federated.quorum
+        tally, survivors = secure_sum(self.session.ask, opened, len(chosen), least, num_values, num_counts)
         num_val, num_images, _ = tally.counts[-3:].tolist()
         total = self.session.total_images
         found = Found(num_images=num_images, privacy=_privacy(opened))
@@ -189,6 +200,7 @@ class Federation:
             found.scores = Scores(self._scores(tally.counts[:-3]) | {"loss": loss}, {})
         for answer, one in opened:
             if "ended" in one.values:
+                found.ended.append(answer.site)
                 self.session.trouble(answer.site, str(one.values["ended"])[:500])
             elif answer.site in survivors:
                 found.sites[answer.site] = self._told(answer, one, None)
@@ -281,6 +293,9 @@ class Federation:
         loss_sum = num_val = 0.0
         for answer, letter in answers:
             counts = letter.arrays["counts"]
+            if counts.min() < 0 or counts.max() > MOST_PIXELS:
+                self.session.trouble(answer.site, "sent counts of pixels that cannot be: its scores are left out")
+                continue
             loss, images = _number(letter.values, "val_loss"), _number(letter.values, "num_val")
             scores[answer.site] = self._scores(counts) | {"loss": math.nan if loss is None else loss}
             loss_sum, num_val = loss_sum + (loss or 0.0) * (images or 0.0), num_val + (images or 0.0)
@@ -319,7 +334,8 @@ class Federation:
         if self._is_secure or not present:
             return {}
         num_classes = self.config.data.num_classes
-        letter = self.session.letter("measure", self.round, arrays=self.layout.flatten(self.network))
+        values = {"best_round": self.journal.best_round}
+        letter = self.session.letter("measure", self.round, arrays=self.layout.flatten(self.network), values=values)
         matrix = Expected("int64", (num_classes, num_classes))
         told = self.session.ask(dict.fromkeys(present, letter), {"measure": {"val": matrix, "test": matrix}})
         found = {}
@@ -345,6 +361,7 @@ class Found:
     updates: list[Update] = field(default_factory=list)
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)  # whose updates are used
     dropped: dict[str, str] = field(default_factory=dict)
+    ended: list[str] = field(default_factory=list)  # whose privacy budget is spent
     privacy: dict[str, dict[str, Any]] = field(default_factory=dict)  # the ledger of each site that trained under dp
     num_images: int = 0
     change: dict[str, NDArray[np.float64]] | None = None

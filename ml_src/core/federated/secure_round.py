@@ -6,7 +6,7 @@ of its validation images. Next to read: `secure/`, the masks themselves.
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,12 +71,16 @@ def threshold(num_sites: int) -> int:
 class Masking:
     """A site's side, from its tally to its shares of the others' masks."""
 
-    def __init__(self, name: str, letter: Letter, tally: Tally, keys: Keys | None) -> None:
+    def __init__(
+        self, name: str, letter: Letter, tally: Tally, keys: Keys | None, before: Sequence[str] | None
+    ) -> None:
+        """Prepare. before: who was in the sum of this very round when it was summed up before, if it was."""
         number = letter.values.get("num_sites")
         if not isinstance(number, int) or not 3 <= number <= MOST_SITES:
             raise SecureError("secure aggregation needs three sites at least: their sum would tell a single one")
         own, others = (None, None) if keys is None else (keys.own, keys.others)
         self.participant = Participant(name, letter.session, letter.round, threshold(number), own, others)
+        self.before = before
         self.name, self.about, self.vector = name, (letter.session, letter.round), tally.encoded()
 
     def begin(self, letter: Letter, values: dict[str, Any]) -> Letter:
@@ -99,6 +103,11 @@ class Masking:
                 survivors = letter.values.get("survivors")
                 if not (isinstance(survivors, list) and all(isinstance(name, str) for name in survivors)):
                     raise SecureError("the names of the sites that answered are missing")
+                if self.before is not None and sorted(survivors) != sorted(self.before):
+                    raise SecureError(
+                        f"round {letter.round} was summed up before, over other sites: the difference of both sums "
+                        "would show what single sites have sent"
+                    )
                 return letter.answer(sealed=self.participant.reveal(survivors))
 
 
@@ -106,7 +115,7 @@ Ask = Callable[[Mapping[str, Letter], Mapping[str, Mapping[str, Expected]]], lis
 
 
 def secure_sum(
-    ask: Ask, opened: list[tuple[Answer, Letter]], num_sites: int, num_values: int, num_counts: int
+    ask: Ask, opened: list[tuple[Answer, Letter]], num_sites: int, least: int, num_values: int, num_counts: int
 ) -> tuple[Tally, list[str]]:
     """Return the sum of the sites' tallies, and whose are in it: the server's side.
 
@@ -114,6 +123,7 @@ def secure_sum(
         ask: sends letters and returns the usable answers.
         opened: the answers that have the sites' keys.
         num_sites: how many were asked.
+        least: how many must be in the sum; with fewer, no mask is taken off.
         num_values: weights in a tally.
         num_counts: counts in it.
 
@@ -134,6 +144,8 @@ def secure_sum(
     told = ask({site: letter("shares", sealed=dict(routed[site])) for site in routed}, expected)
     masked = {a.site: one.arrays["masked"] for a, one in told}
     survivors = sorted(masked)
+    if len(survivors) < least:
+        raise SecureError(f"only {len(survivors)} sites sent what is summed up, {least} are needed")
     told = ask({site: letter("reveal", values={"survivors": survivors}) for site in survivors}, {"reveal": {}})
     total = collector.total(masked, {a.site: one.sealed for a, one in told})
     return Tally.decoded(total, num_counts), survivors

@@ -12,11 +12,12 @@ from types import FrameType
 from ml_src.core.allocator import keep_freed_memory
 from ml_src.core.atomic import remove_leftovers, write_text
 from ml_src.core.callbacks import build_callbacks
-from ml_src.core.checkpoint import load_checkpoint, previous_of
+from ml_src.core.checkpoint import load_checkpoint
 from ml_src.core.config import Config
 from ml_src.core.config_file import parse_config, to_yaml
-from ml_src.core.errors import CheckpointError, ConfigError
+from ml_src.core.errors import ConfigError
 from ml_src.core.federated.client import answer
+from ml_src.core.federated.journal import require_same_federation, set_aside
 from ml_src.core.federated.link import Link
 from ml_src.core.federated.local_grid import LocalGrid
 from ml_src.core.federated.partition import write_partition
@@ -59,9 +60,8 @@ def train(config: Config, resume: Path | None = None, overwrite: bool = False) -
     with log_to(run_dir / "logs" / "train.log"):
         remove_leftovers(run_dir / "weights")
         (run_dir / "metrics.json").unlink(missing_ok=True)  # no longer finished
-        last = run_dir / "weights" / "last.pt"
-        if resume is not None and resume == previous_of(last) and last.exists():
-            last.replace(last.with_name("last.aside.pt"))  # or the next save would keep it as the previous one
+        if resume is not None:
+            set_aside(resume, run_dir / "weights" / "last.pt")
         write_text(run_dir / "config.yaml", to_yaml(config))
         configs = site_configs(config, run_dir / "sites")
         names = list(configs)
@@ -105,7 +105,9 @@ def site_configs(config: Config, folder: Path) -> dict[str, Config]:
         path = Path(word)
         if not path.is_dir():
             raise ConfigError(f"federated.sites: {path} is no folder: give data folders, or what ml-split wrote")
-        name = path.resolve().name if path.resolve().name not in found else f"{path.resolve().name}_{number}"
+        name = path.resolve().name
+        while name in found:
+            name += f"_{number}"
         has_images = (path / "splits").is_dir()
         found[name] = _at(config, data_dir=word, splits_dir=None) if has_images else _at(config, splits_dir=word)
     return found
@@ -121,11 +123,7 @@ def _require_same(before: Config, now: Config, contents: dict[str, object], run_
     require_same_run(before, now, contents, path)
     old, new = before.federated, now.federated
     assert new is not None
-    if old is None or old.model_copy(update={"rounds": new.rounds}) != new:
-        raise CheckpointError(
-            f"{path} was trained with another section federated, of which only rounds may change: "
-            "start a new run with --run_name"
-        )
+    require_same_federation(old, new, path)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """One data holder of a federation: it runs the loop of any training, through any backend, round by round.
 
-It knows its own configuration and data, and takes nothing but numbers from the server. Its optimizer, schedule, random
-state and (FedBN) batch normalisation stay with it. Next to read: `rounds.py`, the other side.
+It knows its own configuration and data, and takes nothing but numbers from the server. Its optimizer, schedule and
+random state stay with it; under FedBN it takes over no batch normalisation. Next to read: `rounds.py`, the other side.
 """
 
 import json
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ml_src.core.atomic import remove_leftovers, write_json
 from ml_src.core.callbacks import Callback
-from ml_src.core.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from ml_src.core.checkpoint import load_checkpoint, load_weights, random_state, save_checkpoint, set_random_state
 from ml_src.core.config import Config
+from ml_src.core.device import choose_device
 from ml_src.core.errors import DataError, TrainingError
 from ml_src.core.federated.facts import collect
 from ml_src.core.federated.layout import Layout
@@ -36,7 +37,7 @@ from ml_src.core.trainers import build_training, choose_backend
 from ml_src.core.trainers.loop import evaluate, train_epoch
 from ml_src.core.trainers.training import Progress, Training
 
-PERSONAL = "personal.pt"  # FedBN: the weights of all with the batch normalisation of this site, as last measured
+PERSONAL = "personal.pt"  # FedBN: the best weights of all with the batch normalisation that this site had beside them
 KEPT = 3  # states of rounds: one that may not count yet, and two of which the server may lose the last one
 log = logging.getLogger("ml_src")
 
@@ -108,7 +109,10 @@ class Site:
             case _:
                 if self.masking is None:
                     raise WireError("no round is being summed up here: refused")
-                return self.masking.answer(letter)
+                told = self.masking.answer(letter)
+                if letter.kind == "reveal":
+                    self.state.reveal(letter.round, letter.values["survivors"])
+                return told
 
     # Which letters are due.
 
@@ -180,7 +184,8 @@ class Site:
             self.layout.load(t.network, letter.arrays, self._kept())
             arrays, values = self._measured(t) if letter.round > 1 else ({}, {})
             if self.is_personal and letter.round > 1:
-                save_checkpoint(self.folder / "weights" / PERSONAL, t.checkpoint())
+                save_checkpoint(self._personal(letter.round - 1), t.checkpoint())
+                self._drop_personal(letter.values.get("best_round"), letter.round - 1)
             if letter.kind == "train":
                 values |= self._train(t, letter)
                 arrays |= self.layout.flatten(t.network)
@@ -196,20 +201,26 @@ class Site:
             if not self.ends.refusal or values["num_steps"]:
                 self._save(letter.round)
             values |= self._privacy()
+        else:  # what this site may have trained for this round in an earlier attempt does not count
+            self._drop_from(letter.round)
         self.state.answer(letter.round)
         if not self.federated.secure_aggregation:
             return letter.answer(arrays, values | {"seconds": time.monotonic() - started})
-        self.masking = Masking(self.name, letter, self._tally(letter, arrays, values), self.keys)
+        before = self.state.summed.get(str(letter.round))
+        self.masking = Masking(self.name, letter, self._tally(letter, arrays, values), self.keys, before)
         plain = {key: values[key] for key in ("backend", "privacy", "ended") if key in values}
         return self.masking.begin(letter, plain | {"seconds": time.monotonic() - started})
 
     def _measure(self, letter: Letter) -> Letter:
         """Measure weights on the validation and test images at their own size; what leaves is a matrix of counts."""
-        t = self._at(letter.round + 1)
-        self.layout.load(t.network, letter.arrays, self._kept())
-        config, path = self.settled(), self.folder / "weights"
-        member = TorchMember(path=path, config=config, network=placed(t.network, t.device), device=t.device)
-        splits, num_classes = t.task.measured_splits(), config.data.num_classes
+        config, path, device = self.settled(), self.keep_personal(letter.values.get("best_round")), self._device()
+        network = build_model(config.model)
+        if path is None:
+            self.layout.load(network, letter.arrays)
+        else:
+            load_weights(network, load_checkpoint(path)["model_state_dict"], path)
+        member = TorchMember(path=path or self.folder, config=config, network=placed(network, device), device=device)
+        splits, num_classes = task_for(config).measured_splits(), config.data.num_classes
         options, steps = Options(batch_size=config.training.batch_size), config.inference.postprocess
         arrays = {
             split: compare_split([member], split, options, steps, Measuring()).matrix
@@ -218,6 +229,28 @@ class Site:
             for split in ("val", "test")
         }
         return letter.answer(arrays)
+
+    def _device(self) -> torch.device:
+        return choose_device(self.config.training.device)
+
+    def _personal(self, number: object) -> Path:
+        """Where the network of this site is kept that was measured for round `number`."""
+        return self.folder / "weights" / f"personal_{number}.pt"
+
+    def _drop_personal(self, *kept: object) -> None:
+        """Remove the networks of this site but for those of the rounds in `kept`."""
+        for path in set((self.folder / "weights").glob("personal_*.pt")) - {self._personal(number) for number in kept}:
+            path.unlink(missing_ok=True)
+
+    def keep_personal(self, best_round: object) -> Path | None:
+        """Return this site's own network of the best round, from now on its only one; None without FedBN."""
+        path, kept = self._personal(best_round), self.folder / "weights" / PERSONAL
+        if not self.is_personal:
+            return None
+        if path.exists():
+            path.replace(kept)
+            self._drop_personal()
+        return kept if kept.exists() else None
 
     def _kept(self) -> Collection[str]:
         """Names of the weights that are this site's own, once it has trained."""
@@ -330,6 +363,11 @@ class Site:
         for saved in set(self._saved()) - set(of_before):  # later ones are of a round that is done again
             saved[1].unlink(missing_ok=True)
 
+    def _drop_from(self, number: int) -> None:
+        for saved, path in self._saved():
+            if saved >= number:
+                path.unlink(missing_ok=True)
+
     def _saved(self) -> list[tuple[int, Path]]:
         found = (self.folder / "weights").glob("round_*.pt")
         return [(int(path.stem.removeprefix("round_")), path) for path in found if path.stem[6:].isdigit()]
@@ -378,10 +416,12 @@ class _State:
         self.sessions: list[str] = []
         self.answered = 0  # the last round of the session
         self.shared: dict[str, Any] | None = None
+        self.summed: dict[str, list[str]] = {}  # who was in the sum of each round, over all sessions
         if path.exists():
             try:
                 stored = json.loads(path.read_bytes())
                 self.sessions, self.answered, self.shared = stored["sessions"], stored["answered"], stored["shared"]
+                self.summed = dict(stored["summed"])
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
                     f"{path} is damaged: put it back, or remove this site's folder to begin anew"
@@ -405,5 +445,11 @@ class _State:
         self.answered = number
         self._write()
 
+    def reveal(self, number: int, survivors: list[str]) -> None:
+        """Remember who is in the sum of a round, before it can be known."""
+        self.summed[str(number)] = survivors
+        self._write()
+
     def _write(self) -> None:
-        write_json(self.path, {"sessions": self.sessions, "answered": self.answered, "shared": self.shared})
+        contents = {"sessions": self.sessions, "answered": self.answered, "shared": self.shared, "summed": self.summed}
+        write_json(self.path, contents)

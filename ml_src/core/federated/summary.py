@@ -66,8 +66,8 @@ def _measured(
 ) -> Iterator[tuple[str, Comparison]]:
     """Yield each split of a site, and how the best weights, under FedBN the site's own, do on it."""
     config, path = journal.config, journal.run_dir / "weights" / "best.pt"
-    network, own = build_model(config.model), site.folder / "weights" / PERSONAL
-    if site.is_personal and own.exists():
+    network, own = build_model(config.model), site.keep_personal(best["epoch"])
+    if own is not None:
         load_weights(network, load_checkpoint(own, device)["model_state_dict"], own)
     else:
         load_weights(network, best["model_state_dict"], path)
