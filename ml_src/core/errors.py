@@ -5,6 +5,7 @@
     ├── DataError           images, masks, index files
     ├── CheckpointError     a file that is no checkpoint of ours, or does not fit
     └── TrainingError       training cannot start or go on
+        └── BudgetError     the privacy budget is spent
 
 A message says what is wrong, where, and what to do. Any other exception is a bug of ours.
 """
@@ -31,3 +32,7 @@ class CheckpointError(MLError):
 
 class TrainingError(MLError):
     """Training cannot start or cannot go on."""
+
+
+class BudgetError(TrainingError):
+    """The privacy budget is spent."""

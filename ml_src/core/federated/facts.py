@@ -92,6 +92,7 @@ class Fingerprint(Section):
     sizes: dict[str, int]
     mean: list[float] | None = None  # for normalize, where the configuration left it to the data
     std: list[float] | None = None
+    dtype: str | None = None  # of the files, where the statistics are theirs
 
 
 def parse(values: object, site: str) -> Facts:
@@ -119,7 +120,6 @@ def merge(facts: dict[str, Facts], config: Config) -> Fingerprint:
     _require_equal("number of classes", {name: facts[name].num_classes for name in names})
     _require_equal("number of counted classes", {name: len(facts[name].class_counts) for name in names})
     _require_equal("value of unlabelled pixels", {name: facts[name].ignore_index for name in names})
-    _require_equal("number of counted classes", {name: len(facts[name].class_counts) for name in names})
     class_names = next((facts[name].class_names for name in names if facts[name].class_names), None)
     if class_names is not None and len(class_names) != config.data.num_classes:
         raise DataError(
@@ -136,7 +136,20 @@ def merge(facts: dict[str, Facts], config: Config) -> Fingerprint:
         sizes=dict(sizes),
         mean=mean,
         std=std,
+        dtype=next((one.channels.dtype for one in facts.values() if one.channels is not None), None),
     )
+
+
+def require_fitting(own: Facts, name: str, known: Fingerprint, config: Config) -> None:
+    """Raise DataError where a site that comes later does not go with those that began.
+
+    `config` is the one that has what was settled then.
+    """
+    merge({name: own}, config)
+    if known.mean is not None:
+        channels, dtype = (None, None) if own.channels is None else (len(own.channels.mean), own.channels.dtype)
+        _require_equal("number of channels", {"the others": len(known.mean), name: channels})
+        _require_equal("number type", {"the others": known.dtype, name: dtype})
 
 
 def _statistics(facts: dict[str, Facts], names: Sequence[str]) -> tuple[list[float], list[float]]:

@@ -39,7 +39,8 @@ def lead(grid: Grid, folder: Path) -> None:
     config, run_dir = kit.config(), kit.folder / RUN
     import_plugins(config.plugins)
     (run_dir / "weights").mkdir(parents=True, exist_ok=True)
-    remove_leftovers(run_dir / "weights")
+    for path in (run_dir, run_dir / "weights"):
+        remove_leftovers(path)
     if (run_dir / "metrics.json").exists():
         log.info("this federation has ended: see %s; new kits train anew", run_dir / "summary.txt")
         return

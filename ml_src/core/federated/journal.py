@@ -86,13 +86,14 @@ class Journal:
             self.trouble(site, f"its update was dropped: {why}")
         self.rounds.append(entry)
         self.save(state)
-        self._curves("train_loss", {"train": entry["train_loss"]}, entry["round"])
+        loss = math.nan if entry["train_loss"] is None else entry["train_loss"]
+        self._curves("train_loss", {"train": loss}, entry["round"])
         for name, key in (("train_loss_of_sites", "train_loss"), ("norm_of_updates", "norm")):
             known = {site: one[key] for site, one in entry["sites"].items() if one[key] is not None}
             self._curves(name, known, entry["round"])
         log.info(
             "round %d/%d: %d sites, train_loss %.4f, %.1f s",
-            entry["round"], self._num_rounds, len(entry["sites"]), entry["train_loss"], entry["seconds"],
+            entry["round"], self._num_rounds, len(entry["sites"]), loss, entry["seconds"],
         )  # fmt: skip
 
     @property
@@ -121,6 +122,22 @@ class Journal:
             self.stop = self.early.reason
             if self.stop:
                 log.info("Stopped early: %s", self.stop)
+
+    def skip(self, number: int, state: dict[str, Any]) -> None:
+        """Pass over a round that cannot be done: the weights stay as they are."""
+        self.rounds.append({"round": number, "seconds": 0.0, "train_loss": None, "sites": {}, "dropped": {}})
+        self.save(state)
+
+    def is_skipped(self, number: int) -> bool:
+        """Whether a round was passed over."""
+        return number > 0 and not self.rounds[number - 1]["sites"]
+
+    def keep_some(self, number: int, state: dict[str, Any]) -> None:
+        """Write best.pt where no round could be measured: the last one then."""
+        if number and not self._path("best.pt").exists():
+            log.warning("no round was measured: best.pt is the last one")
+            self.best_round = number
+            save_checkpoint(self._path("best.pt"), self._contents(number, state))
 
     def is_measured(self, number: int) -> bool:
         """Whether the scores of a round are known."""

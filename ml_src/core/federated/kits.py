@@ -67,7 +67,7 @@ class Kit:
 
     @property
     def state(self) -> Path:
-        """Logs, the database, all that comes and goes."""
+        """Logs and tokens: all that comes and goes."""
         return self.folder / "state"
 
     @property
@@ -80,7 +80,9 @@ class Kit:
 
         Raises: ConfigError with every mistake in config.yaml.
         """
-        overrides = {} if data_dir is None else {"data.data_dir": str(data_dir), "data.splits_dir": None}
+        overrides = {"federated.sites": None, "federated.num_sites": len(self.public_keys)}  # not those of a simulation
+        if data_dir is not None:
+            overrides |= {"data.data_dir": str(data_dir), "data.splits_dir": None}
         return load_config(self.folder / "config.yaml", overrides)
 
     @cached_property
@@ -210,7 +212,15 @@ def write_kits(config_path: Path, sites: Sequence[str], address: str, output: Pa
     _require_names(sites)
     if load_config(config_path).training.trainer_type != "federated":
         raise ConfigError(f"{config_path} has another trainer_type: set training.trainer_type to federated")
-    load_config(config_path, {"federated.sites": None, "federated.num_sites": len(sites)})  # as many must do
+    federated = load_config(config_path, {"federated.sites": None, "federated.num_sites": len(sites)}).federated
+    assert federated is not None
+    from ml_src.core.federated.aggregation import least_sites  # takes seconds to import
+
+    if len(sites) < least_sites(federated):
+        raise ConfigError(
+            f"federated.strategy {federated.strategy.type} needs {least_sites(federated)} sites in a round, "
+            f"and there are {len(sites)}: choose another one"
+        )
     if output.exists():
         raise ConfigError(f"{output} exists: keys are never written over; remove it, or give another --output")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """The server's way to its sites: letters out, answers back as they come, over any Grid of Flower's."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import ml_src.core.federated.flower  # noqa: F401  # before flwr
@@ -24,6 +24,7 @@ class Answer(NamedTuple):
     num_bytes: int = 0
     seconds: float = 0.0
     is_lost: bool = False  # did not arrive: asking again may help
+    is_silent: bool = False  # it is connected, and nothing came
 
 
 class Link:
@@ -43,11 +44,16 @@ class Link:
         self.grid, self.nodes, self.since, self.is_patient = grid, nodes, since, is_patient
 
     def ask(
-        self, letters: Mapping[str, Letter], expected: Mapping[str, Mapping[str, Expected]], timeout: float
+        self,
+        letters: Mapping[str, Letter],
+        expected: Mapping[str, Mapping[str, Expected]],
+        timeout: float,
+        silent: Collection[str] = (),
     ) -> Iterator[Answer]:
         """Send each site its letter and yield one answer for each, as they come; the silent ones after `timeout` (s).
 
-        An answer is checked against `expected` and must be to this very letter.
+        An answer is checked against `expected` and must be to this very letter. Nobody waits for the sites in `silent`
+        alone: they have not answered before.
         """
         started = looked = time.monotonic()
         nodes, since = self.nodes(), self.since()
@@ -65,13 +71,18 @@ class Link:
             )
             for site in sites
         ]
-        waiting = dict(zip(self.grid.push_messages(messages), sites, strict=True))
+        pushed: list[str | None] = list(self.grid.push_messages(messages))
+        pushed += [None] * (len(sites) - len(pushed))  # Flower returns none at all where it was refused
+        waiting = {key: site for key, site in zip(pushed, sites, strict=True) if key is not None}
+        for site in set(sites) - set(waiting.values()):
+            yield Answer(site, None, "could not be sent its message", is_lost=True)
         nap = FIRST_NAP
-        while waiting and (self.is_patient or time.monotonic() - started < timeout):
+        while set(waiting.values()) - set(silent) and (self.is_patient or time.monotonic() - started < timeout):
             replies = list(self.grid.pull_messages(list(waiting)))
             for reply in replies:
-                site = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if site is not None:
+                key = reply.metadata.reply_to_message_id
+                if key in waiting:
+                    site = waiting.pop(key)
                     yield _answer(site, letters[site], reply, expected, time.monotonic() - started)
             nap = FIRST_NAP if replies else min(nap * 1.1, LONGEST_NAP)
             if not replies:
@@ -83,7 +94,8 @@ class Link:
                     why = "was started anew" if site in now else "is no longer connected"
                     yield Answer(site, None, f"{why}, and has lost its message", is_lost=True)
         for site in waiting.values():
-            yield Answer(site, None, f"has not answered within {timeout:g} s", is_lost=True)
+            why = "is still silent" if site in silent else f"has not answered within {timeout:g} s"
+            yield Answer(site, None, why, is_lost=True, is_silent=True)
 
 
 def _answer(

@@ -24,7 +24,7 @@ from ml_src.core.errors import ConfigError, TrainingError
 from ml_src.core.federated.aggregation import Aggregator, Update, least_sites, norm, sound
 from ml_src.core.federated.journal import Journal
 from ml_src.core.federated.layout import Arrays, Layout
-from ml_src.core.federated.link import Answer, Link
+from ml_src.core.federated.link import MOST_WORDS, Answer, Link
 from ml_src.core.federated.secure import SecureError
 from ml_src.core.federated.secure_round import secure_sum
 from ml_src.core.federated.session import Session
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ml_src.core.federated.central import CentralPrivacy
 
 MOST_ATTEMPTS = 3  # of one round
+MOST_NUMBERS = 20  # of a site's backend
 MOST_PIXELS = 2**50  # of one pair of classes at one site
 CHOICE = 7  # keeps the choice of sites apart from other random numbers of the same seed
 log = logging.getLogger("ml_src")
@@ -69,6 +70,7 @@ class Federation:
         self.journal = Journal(config, run_dir)
         self.session = Session(config, link, self.journal, num_sites)
         self.round = 0
+        self.ended: set[str] = set()  # sites whose privacy budget is spent
 
     def restore(self, contents: Mapping[str, Any]) -> None:
         """Go on from a checkpoint of the journal."""
@@ -110,12 +112,16 @@ class Federation:
         for _ in range(MOST_ATTEMPTS):
             started = time.monotonic()
             present = self.session.present(number)
+            if self._is_spent(present):
+                self.journal.stop = "the privacy budgets of the sites are spent"
+                return
             chosen = self.choose(present, number)
             try:
                 found = self._sums(number, chosen) if self._is_secure else self._updates(number, present, chosen)
-                if found.ended and not found.sites:
-                    self.journal.stop = "the privacy budgets of the sites are spent"
+                self._write_privacy(found)  # what reached the server is paid, whatever becomes of the round
+                if self._is_spent(present):
                     self._enter(number - 1, found.scores)
+                    self.journal.stop = "the privacy budgets of the sites are spent"
                     return
                 self._require_enough(found)  # first, or a round that is tried again would be scored by a few, and twice
                 self._enter(number - 1, found.scores)
@@ -127,9 +133,20 @@ class Federation:
                 self._commit(number, found, time.monotonic() - started)
                 return
             self.session.open(number)
-        raise TrainingError(
-            f"round {number} failed {MOST_ATTEMPTS} times for want of updates: see the lines above, then go on"
-        )
+        if self._is_secure and not self.journal.is_skipped(number - 1):  # it may never be summed up again
+            log.warning("round %d is passed over", number)
+            self.round = number
+            self.journal.skip(number, self._state())
+            return
+        raise TrainingError(f"round {number} failed {MOST_ATTEMPTS} times: see the lines above, then go on")
+
+    def _is_spent(self, present: list[str]) -> bool:
+        """Whether too few sites have a privacy budget left."""
+        return bool(self.ended) and len(set(present) - self.ended) < self.session.needed
+
+    @property
+    def _is_private(self) -> bool:
+        return self.federated.backend == "dp"
 
     @property
     def _is_secure(self) -> bool:
@@ -138,22 +155,28 @@ class Federation:
     def choose(self, present: list[str], number: int) -> list[str]:
         """Return the sites that train in a round: a function of (seed, round) and of who is there."""
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.config.seed, CHOICE, number))))
-        return sorted(rng.choice(sorted(present), min(self.num_chosen, len(present)), replace=False).tolist())
+        able = sorted(set(present) - self.ended)
+        return sorted(rng.choice(able, min(self.num_chosen, len(able)), replace=False).tolist())
 
     def _require_enough(self, found: "Found") -> None:
         """Raise SecureError, so that the round is tried again, where too few updates came through."""
-        least = self.federated.quorum if self._is_secure else max(self.federated.quorum, least_sites(self.federated))
-        if len(found.sites) < least:
-            raise SecureError(f"only {len(found.sites)} sound updates, {least} are needed")
+        if len(found.sites) < self.session.needed:
+            raise SecureError(f"only {len(found.sites)} sound updates, {self.session.needed} are needed")
+
+    def _end(self, site: str, letter: Letter) -> None:
+        """Count on a site no longer: its privacy budget is spent."""
+        self.ended.add(site)
+        self.session.trouble(site, " ".join(str(letter.values["ended"]).split())[:MOST_WORDS])
 
     def _updates(self, number: int, present: list[str], chosen: list[str]) -> "Found":
         """Ask every site for its update or its scores, and return what can be used."""
         answers = self._wave(number, present, chosen)
-        found = Found(privacy=_privacy(answers), scores=self._measured(answers) if number > 1 else None)
+        found = Found(
+            privacy=_privacy(answers, self._is_private), scores=self._measured(answers) if number > 1 else None
+        )
         for answer, letter in answers:
             if "ended" in letter.values:
-                found.ended.append(answer.site)
-                self.session.trouble(answer.site, str(letter.values["ended"])[:500])
+                self._end(answer.site, letter)
             elif letter.kind == "train":
                 update = Update(
                     answer.site,
@@ -188,22 +211,23 @@ class Federation:
         """Ask the chosen sites, and learn no more than the sum of what they have."""
         values = {"num_sites": len(chosen), "best_round": self.journal.best_round}
         letter = self.session.letter(kind, number, arrays=self.weights, values=values)
-        opened = self.session.ask(dict.fromkeys(chosen, letter), {kind: {}})
+        opened = []
+        for answer, one in self.session.ask(dict.fromkeys(chosen, letter), {kind: {}}):
+            if "ended" in one.values:  # it would add nothing, and so the sum be that of fewer
+                self._end(answer.site, one)
+            else:
+                opened.append((answer, one))
         sizes, num_classes = self.layout.sizes, self.config.data.num_classes
-        num_values, num_counts, least = sum(sizes.values()), num_classes**2 + 3, self.federated.quorum
-        tally, survivors = secure_sum(self.session.ask, opened, len(chosen), least, num_values, num_counts)
+        num_values, num_counts, least = sum(sizes.values()), num_classes**2 + 3, self.session.needed
+        about = letter, self.session.shared
+        tally, survivors = secure_sum(self.session.ask, *about, opened, least, num_values, num_counts)
         num_val, num_images, _ = tally.counts[-3:].tolist()
         total = self.session.total_images
-        found = Found(num_images=num_images, privacy=_privacy(opened))
+        found = Found(num_images=num_images, privacy=_privacy(opened, self._is_private))
         if number > 1:
             loss = float(tally.losses[1]) * total / max(num_val, 1)
             found.scores = Scores(self._scores(tally.counts[:-3]) | {"loss": loss}, {})
-        for answer, one in opened:
-            if "ended" in one.values:
-                found.ended.append(answer.site)
-                self.session.trouble(answer.site, str(one.values["ended"])[:500])
-            elif answer.site in survivors:
-                found.sites[answer.site] = self._told(answer, one, None)
+        found.sites = {a.site: self._told(a, one, None) for a, one in opened if a.site in survivors}
         if num_images:
             mean = tally.change * total / num_images
             found.change = {"parameters": mean[: sizes["parameters"]], "buffers": mean[sizes["parameters"] :]}
@@ -222,7 +246,7 @@ class Federation:
             "bytes_up": answer.num_bytes,
             "work_seconds": _number(values, "seconds"),
             "seconds": answer.seconds,
-            "backend": values.get("backend", {}),
+            "backend": _numbers(values.get("backend")),
         }
 
     def _named(self) -> tuple[Arrays, Arrays]:
@@ -245,19 +269,19 @@ class Federation:
             after = self.aggregator.combine_mean(number, before, named[0], named[1], total)
         else:
             after = self.aggregator.combine(number, before, found.updates)
-        if found.privacy:
-            self._write_privacy(found)
         self.weights = {
             "parameters": self.layout.joined("parameters", after[0]),
             "buffers": self.layout.joined("buffers", after[1]),
         }
         self.layout.load(self.network, self.weights)
         self.round = number
-        losses = [(one["train_loss"] or 0.0) * one["num_images"] for one in found.sites.values()]
+        told = [one for one in found.sites.values() if one["train_loss"] is not None]
+        weight = sum(one["num_images"] for one in told)
+        train_loss = sum(one["train_loss"] * one["num_images"] for one in told) / weight if weight else None
         entry = {
             "round": number,
             "seconds": seconds,
-            "train_loss": found.train_loss if found.train_loss is not None else sum(losses) / total,
+            "train_loss": train_loss if found.train_loss is None else found.train_loss,
             "sites": found.sites,
             "dropped": found.dropped,
         }
@@ -267,10 +291,12 @@ class Federation:
 
     def _write_privacy(self, found: "Found") -> None:
         """Write what this run has cost, of whole sites and at each of them, before its weights are written."""
+        if self.privacy is None and not found.privacy:
+            return
         path = self.journal.run_dir / "privacy.json"
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         sites = before.get("sites", {}) | found.privacy
-        epsilons = [report.get("epsilon") for report in sites.values()]
+        epsilons = [report["epsilon"] for report in sites.values()]
         of_sites = {
             "unit": "an image, or a patient, of one site: what it has spent over all rounds is under sites",
             "epsilon": None if None in epsilons else max(epsilons, default=0.0),  # null: no bound
@@ -316,11 +342,16 @@ class Federation:
         """Let all sites measure the weights of the last round."""
         if not self.journal.is_measured(self.round):
             present = sorted(set(self.session.num_images) & set(self.session.link.nodes()))
-            if self._is_secure:
-                scores = self._sums(self.round + 1, present, "evaluate").scores
-            else:
-                scores = self._measured(self._wave(self.round + 1, present, []))
+            scores = None
+            try:
+                if self._is_secure:
+                    scores = self._sums(self.round + 1, present, "evaluate").scores
+                else:
+                    scores = self._measured(self._wave(self.round + 1, present, []))
+            except SecureError as error:
+                log.warning("the last round is not measured: %s", error)
             self._enter(self.round, scores)
+        self.journal.keep_some(self.round, self._state())
         self.journal.save(self._state())
 
     def measure(self, state_dict: Mapping[str, Any]) -> dict[str, tuple[Matrix, dict[str, Matrix]]]:
@@ -361,7 +392,6 @@ class Found:
     updates: list[Update] = field(default_factory=list)
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)  # whose updates are used
     dropped: dict[str, str] = field(default_factory=dict)
-    ended: list[str] = field(default_factory=list)  # whose privacy budget is spent
     privacy: dict[str, dict[str, Any]] = field(default_factory=dict)  # the ledger of each site that trained under dp
     num_images: int = 0
     change: dict[str, NDArray[np.float64]] | None = None
@@ -369,9 +399,22 @@ class Found:
     scores: Scores | None = None  # of the weights that the round began with
 
 
-def _privacy(answers: list[tuple[Answer, Letter]]) -> dict[str, dict[str, Any]]:
-    reports = {answer.site: letter.values.get("privacy") for answer, letter in answers}
-    return {site: report for site, report in reports.items() if isinstance(report, dict)}
+def _privacy(answers: list[tuple[Answer, Letter]], is_private: bool) -> dict[str, dict[str, Any]]:
+    """Return what each site tells of its ledger; of one that tells none, that there is no bound."""
+    found = {}
+    for answer, letter in answers if is_private else []:
+        report = letter.values.get("privacy")
+        known = report if isinstance(report, dict) else {}
+        if letter.kind == "train" and ("ended" not in letter.values or known):
+            found[answer.site] = {**known, "epsilon": _number(known, "epsilon")}
+    return found
+
+
+def _numbers(values: object) -> dict[str, float]:
+    """Return the numbers among what a site's backend tells of itself."""
+    known = values if isinstance(values, dict) else {}
+    names = [name for name in list(known)[:MOST_NUMBERS] if isinstance(name, str) and len(name) < MOST_WORDS]
+    return {name: number for name in names if (number := _number(known, name)) is not None}
 
 
 def _number(values: Mapping[str, Any], key: str) -> float | None:

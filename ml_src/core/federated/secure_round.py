@@ -4,6 +4,8 @@ The vector of a site has its change of the weights, times its share of all train
 of its validation images. Next to read: `secure/`, the masks themselves.
 """
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +30,7 @@ from ml_src.core.federated.wire import Expected, Letter
 
 BOUND = 2.0**20  # of any one value, before it is weighted down
 MOST_SITES = 1000  # of one sum: both sides must divide the ring alike
+FEWEST = 3
 PHASES = ("keys", "shares", "reveal")
 log = logging.getLogger("ml_src")
 
@@ -68,18 +71,49 @@ def threshold(num_sites: int) -> int:
     return math.ceil(2 * num_sites / 3)
 
 
+def context(letter: Letter, shared: Mapping[str, Any]) -> str:
+    """Return what all sites of a sum must have been told alike: else their masks do not go together.
+
+    A server that tells sites different weights, or different numbers of images to weigh by, could read one of them.
+    """
+    digest = hashlib.sha256(json.dumps([letter.kind, letter.values.get("num_sites"), shared], sort_keys=True).encode())
+    for name in sorted(letter.arrays):
+        digest.update(letter.arrays[name].tobytes())
+    return f"{letter.session} {digest.hexdigest()}"
+
+
+def require_enough(letter: Letter) -> None:
+    """Raise SecureError where so few sites are asked that their sum would tell of single ones: before any work."""
+    number = letter.values.get("num_sites")
+    if not isinstance(number, int) or not FEWEST <= number <= MOST_SITES:
+        raise SecureError(f"secure aggregation needs {FEWEST} sites at least: their sum would tell a single one")
+
+
 class Masking:
     """A site's side, from its tally to its shares of the others' masks."""
 
     def __init__(
-        self, name: str, letter: Letter, tally: Tally, keys: Keys | None, before: Sequence[str] | None
+        self,
+        name: str,
+        letter: Letter,
+        shared: Mapping[str, Any],
+        tally: Tally,
+        keys: Keys | None,
+        before: Sequence[str] | None,
     ) -> None:
-        """Prepare. before: who was in the sum of this very round when it was summed up before, if it was."""
-        number = letter.values.get("num_sites")
-        if not isinstance(number, int) or not 3 <= number <= MOST_SITES:
-            raise SecureError("secure aggregation needs three sites at least: their sum would tell a single one")
+        """Prepare.
+
+        Args:
+            name: of the site.
+            letter: the one that asked for work; see `require_enough`.
+            shared: what this site was told of all sites.
+            tally: what it adds.
+            keys: of its kit, where it is a real site.
+            before: who was in the sum of this very round when it was summed up before, if it was.
+        """
         own, others = (None, None) if keys is None else (keys.own, keys.others)
-        self.participant = Participant(name, letter.session, letter.round, threshold(number), own, others)
+        least = threshold(letter.values["num_sites"])
+        self.participant = Participant(name, context(letter, shared), letter.round, least, own, others)
         self.before = before
         self.name, self.about, self.vector = name, (letter.session, letter.round), tally.encoded()
 
@@ -115,14 +149,21 @@ Ask = Callable[[Mapping[str, Letter], Mapping[str, Mapping[str, Expected]]], lis
 
 
 def secure_sum(
-    ask: Ask, opened: list[tuple[Answer, Letter]], num_sites: int, least: int, num_values: int, num_counts: int
+    ask: Ask,
+    asked: Letter,
+    shared: Mapping[str, Any],
+    opened: list[tuple[Answer, Letter]],
+    least: int,
+    num_values: int,
+    num_counts: int,
 ) -> tuple[Tally, list[str]]:
     """Return the sum of the sites' tallies, and whose are in it: the server's side.
 
     Args:
         ask: sends letters and returns the usable answers.
+        asked: the letter that they answer.
+        shared: what all sites were told of all.
         opened: the answers that have the sites' keys.
-        num_sites: how many were asked.
         least: how many must be in the sum; with fewer, no mask is taken off.
         num_values: weights in a tally.
         num_counts: counts in it.
@@ -131,11 +172,10 @@ def secure_sum(
     """
     if not opened:
         raise SecureError("no site sent its keys")
-    first = opened[0][1]
-    collector = Collector(first.session, first.round, threshold(num_sites))
+    collector = Collector(context(asked, shared), asked.round, threshold(asked.values["num_sites"]))
 
     def letter(kind: str, **parts: Any) -> Letter:
-        return Letter(kind, first.session, first.round, **parts)
+        return Letter(kind, asked.session, asked.round, **parts)
 
     advertised = collector.keys({a.site: one.sealed[a.site] for a, one in opened if a.site in one.sealed})
     told = ask({site: letter("keys", sealed=dict(advertised)) for site in advertised}, {"keys": {}})

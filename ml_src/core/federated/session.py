@@ -8,12 +8,15 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from ml_src.core.config import Config
 from ml_src.core.errors import MLError, TrainingError
 from ml_src.core.federated import facts
+from ml_src.core.federated.aggregation import least_sites
 from ml_src.core.federated.journal import Journal
 from ml_src.core.federated.link import Answer, Link
+from ml_src.core.federated.secure_round import FEWEST
 from ml_src.core.federated.wire import Expected, Letter
 
 LATE = 10.0  # seconds that sites have to come back, where there are enough without them
@@ -30,6 +33,25 @@ class Session:
         self.link, self.journal, self.num_sites = link, journal, num_sites
         self.number = ""
         self.num_images: dict[str, int] = {}  # training images of each site that takes part
+        self.silent: set[str] = set()  # connected, but a round went on without them: nobody waits for them again
+
+    @property
+    def needed(self) -> int:
+        """Sites without which a round cannot count."""
+        fewest = FEWEST if self.federated.secure_aggregation else 1
+        return max(self.federated.quorum, least_sites(self.federated), fewest)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What all sites are told of all."""
+        known = self.journal.fingerprint
+        assert known is not None
+        return {
+            "mean": known.mean,
+            "std": known.std,
+            "class_counts": known.class_counts or None,
+            "num_images": self.total_images,
+        }
 
     @property
     def total_images(self) -> int:
@@ -42,17 +64,17 @@ class Session:
 
         Raises: TrainingError where too few can take part; DataError where their images do not go together.
         """
-        self.number, self.num_images = secrets.token_hex(16), {}
+        self.number, self.num_images, self.silent = secrets.token_hex(16), {}, set()
         is_first = self.journal.fingerprint is None
         end = time.monotonic() + self.federated.round_timeout
         connected = self.wait(self.num_sites, self.federated.round_timeout if is_first else LATE)
-        while self.join(connected, round) and len(self.num_images) < self.federated.quorum and time.monotonic() < end:
+        while self.join(connected, round) and len(self.num_images) < self.needed and time.monotonic() < end:
             time.sleep(AGAIN)
-            connected = self.wait(self.federated.quorum)
-        if len(self.num_images) < self.federated.quorum:
+            connected = self.wait(self.needed)
+        if len(self.num_images) < self.needed:
             raise TrainingError(
-                f"{len(self.num_images)} of {self.num_sites} sites can take part, {self.federated.quorum} are needed "
-                "(federated.min_sites): mend what the lines above say, then go on"
+                f"{len(self.num_images)} of {self.num_sites} sites can take part, {self.needed} are needed: "
+                "mend what the lines above say, then go on"
             )
 
     def wait(self, number: int, patience: float = 0.0) -> list[str]:
@@ -63,13 +85,13 @@ class Session:
         started, said = time.monotonic(), False
         while True:
             connected, waited = sorted(self.link.nodes()), time.monotonic() - started
-            enough = len(connected) >= self.federated.quorum
+            enough = len(connected) >= self.needed
             if len(connected) >= number or (enough and waited >= patience):
                 return connected
             if waited > self.federated.round_timeout:
                 raise TrainingError(
                     f"{len(connected)} of {self.num_sites} sites are connected ({', '.join(connected) or 'none'}), "
-                    f"{self.federated.quorum} are needed (federated.min_sites): start them, then go on"
+                    f"{self.needed} are needed: start them, then go on"
                 )
             if not said:
                 log.info("Waiting for sites: %d of %d are connected", len(connected), number)
@@ -78,7 +100,7 @@ class Session:
 
     def present(self, round: int) -> list[str]:
         """Return the sites that are connected and take part; those that have come back are taken in."""
-        connected = self.wait(self.federated.quorum)
+        connected = self.wait(self.needed)
         self.join(connected, round)
         return [site for site in connected if site in self.num_images]
 
@@ -102,13 +124,7 @@ class Session:
         known = self.journal.fingerprint
         if known is None or not fitting:
             return bool(lost)
-        values = {
-            "mean": known.mean,
-            "std": known.std,
-            "class_counts": known.class_counts or None,
-            "num_images": self.total_images,
-        }
-        settle = self.letter("settle", round, values=values)
+        settle = self.letter("settle", round, values=self.shared)
         for answer, _ in self.ask(dict.fromkeys(fitting, settle), {"settle": {}}, lost):
             self.num_images[answer.site] = fitting[answer.site].num_images["train"]
         return bool(lost)
@@ -122,7 +138,7 @@ class Session:
         fitting = {}
         for site, own in parsed.items():
             try:
-                facts.merge({site: own}, self.journal.config)
+                facts.require_fitting(own, site, self.journal.fingerprint, self.journal.config)
                 fitting[site] = own
             except MLError as error:
                 self.trouble(site, str(error))
@@ -143,7 +159,9 @@ class Session:
         `lost` takes the names of those whose letter did not arrive.
         """
         found = []
-        for answer in self.link.ask(letters, expected, self.federated.round_timeout):
+        silent = self.silent if len(letters.keys() - self.silent) >= self.needed else set()
+        for answer in self.link.ask(letters, expected, self.federated.round_timeout, silent):
+            (self.silent.add if answer.is_silent else self.silent.discard)(answer.site)
             if answer.letter is not None:
                 found.append((answer, answer.letter))
                 continue

@@ -58,7 +58,8 @@ def train(config: Config, resume: Path | None = None, overwrite: bool = False) -
     else:
         _require_same(parse_config(contents["config"], source=str(resume)), config, contents, run_dir)
     with log_to(run_dir / "logs" / "train.log"):
-        remove_leftovers(run_dir / "weights")
+        for folder in (run_dir, run_dir / "weights"):
+            remove_leftovers(folder)
         (run_dir / "metrics.json").unlink(missing_ok=True)  # no longer finished
         if resume is not None:
             set_aside(resume, run_dir / "weights" / "last.pt")

@@ -4,9 +4,11 @@ It knows its own configuration and data, and takes nothing but numbers from the 
 random state stay with it; under FedBN it takes over no batch normalisation. Next to read: `rounds.py`, the other side.
 """
 
+import hashlib
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -21,10 +23,10 @@ from ml_src.core.callbacks import Callback
 from ml_src.core.checkpoint import load_checkpoint, load_weights, random_state, save_checkpoint, set_random_state
 from ml_src.core.config import Config
 from ml_src.core.device import choose_device
-from ml_src.core.errors import DataError, TrainingError
+from ml_src.core.errors import BudgetError, DataError
 from ml_src.core.federated.facts import collect
 from ml_src.core.federated.layout import Layout
-from ml_src.core.federated.secure_round import PHASES, Keys, Masking, Tally
+from ml_src.core.federated.secure_round import PHASES, Keys, Masking, Tally, require_enough
 from ml_src.core.federated.wire import Expected, Letter, WireError
 from ml_src.core.inference.measure import Measuring, compare_split
 from ml_src.core.inference.predictor import Options
@@ -38,6 +40,7 @@ from ml_src.core.trainers.loop import evaluate, train_epoch
 from ml_src.core.trainers.training import Progress, Training
 
 PERSONAL = "personal.pt"  # FedBN: the best weights of all with the batch normalisation that this site had beside them
+MOST_SESSIONS = 1000  # whose names are remembered
 KEPT = 3  # states of rounds: one that may not count yet, and two of which the server may lose the last one
 log = logging.getLogger("ml_src")
 
@@ -72,7 +75,8 @@ class Site:
         with torch.device("meta"):
             self.layout = Layout.of(build_model(config.model))
         (folder / "weights").mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
+        for path in (folder, folder / "weights"):
+            remove_leftovers(path)
         self.state = _State(folder / "site.json")
         self.training: Training | None = None
         self.random: dict[str, Any] = {}  # the state of the generators, between two letters
@@ -120,16 +124,24 @@ class Site:
         """Refuse what was said before, or is beyond what this site has agreed to."""
         state = self.state
         if letter.kind == "facts":
-            if letter.session in state.sessions:
+            if not re.fullmatch("[0-9a-f]{32}", letter.session):
+                raise WireError("the name of the session is none of this program: refused")
+            if letter.session in state.sessions[:-1] or (letter.session == state.session and state.shared is not None):
                 raise WireError(f"session {letter.session[:16]} has begun before: a replayed message is refused")
             return
         if not letter.session or letter.session != state.session:
             raise WireError(f"the message is of session {letter.session[:16]}, which is not under way: refused")
         if self.federated.secure_aggregation and letter.kind == "measure":
             raise WireError("secure aggregation hides the scores of single sites: refused")
+        if (letter.kind == "settle" and state.shared is not None) or (letter.kind == "measure" and state.is_measured):
+            raise WireError(f"{letter.kind} was answered before in this session: a replayed message is refused")
+        if type(letter.values.get("best_round", 0)) is not int:
+            raise WireError("the best round is no number: refused")
         if letter.kind in ("train", "evaluate", "measure"):
             if state.shared is None:
                 raise WireError("no round before the statistics of all sites are known: send settle first")
+            if self.federated.secure_aggregation:
+                require_enough(letter)
             if letter.kind != "measure" and letter.round <= state.answered:
                 raise WireError(f"round {letter.round} was answered before: a replayed message is refused")
             last = self.federated.rounds + (letter.kind == "evaluate")
@@ -207,7 +219,9 @@ class Site:
         if not self.federated.secure_aggregation:
             return letter.answer(arrays, values | {"seconds": time.monotonic() - started})
         before = self.state.summed.get(str(letter.round))
-        self.masking = Masking(self.name, letter, self._tally(letter, arrays, values), self.keys, before)
+        self.masking = Masking(
+            self.name, letter, self.state.shared or {}, self._tally(letter, arrays, values), self.keys, before
+        )
         plain = {key: values[key] for key in ("backend", "privacy", "ended") if key in values}
         return self.masking.begin(letter, plain | {"seconds": time.monotonic() - started})
 
@@ -228,6 +242,7 @@ class Site:
             else np.zeros((num_classes, num_classes), np.int64)
             for split in ("val", "test")
         }
+        self.state.measure()
         return letter.answer(arrays)
 
     def _device(self) -> torch.device:
@@ -283,7 +298,7 @@ class Site:
             try:
                 for callback in t.callbacks:
                     callback.on_start(t)
-            except TrainingError as error:  # the budget of dp is spent
+            except BudgetError as error:
                 self.ends.refusal = str(error)
             self.training = t
         return self.training
@@ -301,6 +316,8 @@ class Site:
         backend = choose_backend(config)
         t = build_training(config, task_for(config), backend, self.folder)
         if federated.local_steps is not None:  # sites differ in the steps of an epoch: lengths are in rounds then
+            for group, rate in zip(t.optimizer.param_groups, t.schedule.base_lrs, strict=True):
+                group["lr"] = rate  # what the first schedule made of it is undone
             t.schedule = Schedule(config.scheduler, t.optimizer, self.num_steps, federated.rounds)
         self.ends = RoundEnd()
         t.callbacks = [one for one in t.callbacks if one.name == "privacy_budget"] + [self.ends]
@@ -316,9 +333,9 @@ class Site:
     def _train(self, t: Training, letter: Letter) -> dict[str, Any]:
         """Take the steps of a round; return what is told of them."""
         first, per_epoch = (letter.round - 1) * self.num_steps, t.train_loader.num_steps
-        t.backend.rekey(f"{letter.round}".encode() + letter.arrays["parameters"].tobytes())
         t.progress = Progress(first // per_epoch, first, first % per_epoch)
         t.schedule.load_state_dict(t.schedule.state_dict() | {"num_steps": first})
+        t.backend.rekey(self._circumstances(t, letter))
         if self.ends.refusal:  # what it measures is still of use
             return {"num_images": 0, "num_steps": 0, "ended": f"takes part no longer: {self.ends.refusal}"}
         t.stop, self.ends.last_step = "", first + self.num_steps
@@ -327,7 +344,8 @@ class Site:
         loss_sum, num_samples = 0.0, 0
         while t.progress.step < self.ends.last_step and not t.stop:
             scores = train_epoch(t)
-            loss_sum += scores["loss"] * t.progress.num_samples
+            if t.progress.num_samples:  # a private step may have drawn nobody
+                loss_sum += scores["loss"] * t.progress.num_samples
             num_samples += t.progress.num_samples
             whole = t.progress.epoch_step == per_epoch
             t.progress = Progress(t.progress.epoch + whole, t.progress.step, 0 if whole else t.progress.epoch_step)
@@ -340,6 +358,17 @@ class Site:
             "train_loss": loss_sum / max(num_samples, 1),
             "backend": t.backend.metrics(),
         }
+
+    def _circumstances(self, t: Training, letter: Letter) -> bytes:
+        """Return what this round begins with: noise that repeats may do so only where all of it does."""
+        digest = hashlib.sha256(f"{letter.round} {self.federated.model_dump_json()} {self.num_steps}".encode())
+        digest.update(letter.arrays["parameters"].tobytes())
+        for group in t.optimizer.param_groups:
+            digest.update(f"{group['lr']}".encode())
+        for state in t.optimizer.state_dict()["state"].values():
+            for value in state.values():
+                digest.update(value.cpu().numpy().tobytes() if isinstance(value, Tensor) else f"{value}".encode())
+        return digest.digest()
 
     def _privacy(self) -> dict[str, Any]:
         """Return what training has cost in privacy, as this site's own privacy.json has it."""
@@ -415,13 +444,14 @@ class _State:
         self.path = path
         self.sessions: list[str] = []
         self.answered = 0  # the last round of the session
+        self.is_measured = False  # at the images' own size, in the session
         self.shared: dict[str, Any] | None = None
         self.summed: dict[str, list[str]] = {}  # who was in the sum of each round, over all sessions
         if path.exists():
             try:
                 stored = json.loads(path.read_bytes())
                 self.sessions, self.answered, self.shared = stored["sessions"], stored["answered"], stored["shared"]
-                self.summed = dict(stored["summed"])
+                self.summed, self.is_measured = dict(stored["summed"]), stored["is_measured"]
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
                     f"{path} is damaged: put it back, or remove this site's folder to begin anew"
@@ -434,7 +464,8 @@ class _State:
 
     def open(self, session: str) -> None:
         """Begin a session: the server has been started anew, and may ask for its last round again."""
-        self.sessions, self.answered, self.shared = [*self.sessions, session], 0, None
+        self.sessions = [*self.sessions, session][-MOST_SESSIONS:]
+        self.answered, self.shared, self.is_measured = 0, None, False
         self._write()
 
     def settle(self, shared: dict[str, Any]) -> None:
@@ -445,11 +476,15 @@ class _State:
         self.answered = number
         self._write()
 
+    def measure(self) -> None:
+        self.is_measured = True
+        self._write()
+
     def reveal(self, number: int, survivors: list[str]) -> None:
         """Remember who is in the sum of a round, before it can be known."""
         self.summed[str(number)] = survivors
         self._write()
 
     def _write(self) -> None:
-        contents = {"sessions": self.sessions, "answered": self.answered, "shared": self.shared, "summed": self.summed}
-        write_json(self.path, contents)
+        kept = ("sessions", "answered", "is_measured", "shared", "summed")
+        write_json(self.path, {key: getattr(self, key) for key in kept})

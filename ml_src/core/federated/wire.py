@@ -67,11 +67,23 @@ def to_record(letter: Letter) -> RecordDict:
             "kind": letter.kind,
             "session": letter.session,
             "round": letter.round,
-            "values": json.dumps(letter.values, allow_nan=False),
+            "values": json.dumps(_without_nan(letter.values), allow_nan=False),
         }
     )
     arrays = ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in letter.arrays.items()})
     return RecordDict({ENVELOPE: envelope, ARRAYS: arrays, SEALED: ConfigRecord(dict(letter.sealed))})
+
+
+def _without_nan(value: Any) -> Any:
+    """Plain data with None in the place of what JSON has no number for, such as the loss of weights that diverged."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _without_nan(one) for key, one in value.items()}
+        case list():
+            return [_without_nan(one) for one in value]
+    return value
 
 
 def from_record(record: RecordDict, expected: Mapping[str, Mapping[str, Expected]]) -> Letter:

@@ -6,13 +6,19 @@ waits a second then (`supercore/inflatable/inflatable_utils.py`), which would be
 
 FIRST_WAIT, LONGEST_WAIT = 0.02, 0.2  # seconds between two attempts, doubled each time
 MAX_ATTEMPTS = 36000
+LONGEST_FETCH = 120.0  # seconds for one message; meanwhile the server takes no other answer
 
 
 def fetch_soon() -> None:
     """Shorten the waits for parts of messages, in this process."""
     from flwr.supercore.inflatable import inflatable_utils
 
-    waits = {"initial_backoff": FIRST_WAIT, "backoff_cap": LONGEST_WAIT, "max_tries_per_object": MAX_ATTEMPTS}
+    waits = {
+        "initial_backoff": FIRST_WAIT,
+        "backoff_cap": LONGEST_WAIT,
+        "max_tries_per_object": MAX_ATTEMPTS,
+        "max_time": LONGEST_FETCH,
+    }
     for function in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
         function.__kwdefaults__ |= waits
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from opacus.accountants import PRVAccountant
 from opacus.accountants.analysis import rdp as renyi
 
-from ml_src.core.errors import ConfigError, TrainingError
+from ml_src.core.errors import BudgetError, ConfigError, TrainingError
 
 Accountant = Literal["prv", "rdp"]
 Unit = Literal["image", "patient", "site"]
@@ -208,7 +208,7 @@ def plan(
     if target_epsilon is not None and num_steps:
         already = spent.bound(delta, accountant).epsilon
         if already >= target_epsilon:
-            raise TrainingError(
+            raise BudgetError(
                 f"the privacy budget is spent: epsilon {already:.4g} of training.dp.target_epsilon {target_epsilon:g}; "
                 "stop here, or raise it"
             )
