@@ -19,7 +19,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from _report import RESULTS
+from _report import RESULTS, machine
 
 import ml_src.core.inference.measure
 from ml_src.core.atomic import write_json
@@ -142,6 +142,8 @@ def trainings(data: Path, work: Path, seed: int, rounds: int) -> dict[str, Calla
         "training.dp": {"target_epsilon": 8.0, "target_delta": 1e-3, "max_grad_norm": 1.0},
     }
     found["fedavg"] = lambda: many(federated(data, work, "fedavg", seed, rounds))
+    group = {"model.norm": "group"}
+    found["fedavg, group norm"] = lambda: many(federated(data, work, "fedavg_group", seed, rounds, **group))
     found["fedprox"] = lambda: many(federated(data, work, "fedprox", seed, rounds, **prox))
     found["fedbn"] = lambda: many(
         federated(data, work, "fedbn", seed, rounds, **{"federated.personalize": "batch_norm"})
@@ -181,7 +183,7 @@ def main() -> None:
     ml_src.core.inference.measure.MOST_PIXELS = 0  # outlines are not asked for here, and take longer than the rest
     path = RESULTS / "federated_nuclei.json"
     known = json.loads(path.read_text()) if path.exists() else {"runs": {}}
-    known |= {"rounds": args.rounds, "local_epochs": LOCAL_EPOCHS, "batch": BATCH, "crop": CROP}
+    known |= {"machine": machine(), "rounds": args.rounds, "local_epochs": LOCAL_EPOCHS, "batch": BATCH, "crop": CROP}
     for seed in range(args.seeds):
         for name, work_it in trainings(data, work, seed, args.rounds).items():
             key = f"{name} seed {seed}"

@@ -155,7 +155,9 @@ def test_going_on_with_another_federation_is_refused(configure: Configure, chang
     config = configure()
     led(config)
     before = weights(config.run_dir)
-    with pytest.raises(CheckpointError, match="another section federated, of which only rounds, min_sites, round_timeout may change"):
+    with pytest.raises(
+        CheckpointError, match="another section federated, of which only rounds, min_sites, round_timeout may change"
+    ):
         train(configure(**change), config.run_dir / "weights" / "last.pt")
     assert differing(before, weights(config.run_dir)) == []
 

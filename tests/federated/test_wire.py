@@ -150,7 +150,7 @@ def test_sealed_parts_are_bytes_and_not_too_many() -> None:
         from_record(message, EXPECTED)
 
 
-def test_what_is_no_number_is_not_sent() -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        to_record(Letter("facts", "a session", 0, values={"loss": float("nan")}))
+def test_what_is_no_number_is_sent_as_nothing() -> None:
+    record = to_record(Letter("facts", "s", 0, values={"loss": float("nan"), "all": [float("inf"), {"one": 1.5}]}))
+    assert json.loads(str(record["letter"]["values"])) == {"loss": None, "all": [None, {"one": 1.5}]}
     assert json.loads(str(to_record(Letter("facts", "s", 0, values={"a": [1]}))["letter"]["values"])) == {"a": [1]}

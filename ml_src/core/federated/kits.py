@@ -80,7 +80,10 @@ class Kit:
 
         Raises: ConfigError with every mistake in config.yaml.
         """
-        overrides = {"federated.sites": None, "federated.num_sites": len(self.public_keys)}  # not those of a simulation
+        overrides: dict[str, Any] = {
+            "federated.sites": None,
+            "federated.num_sites": len(self.public_keys),
+        }  # not those of a simulation
         if data_dir is not None:
             overrides |= {"data.data_dir": str(data_dir), "data.splits_dir": None}
         return load_config(self.folder / "config.yaml", overrides)

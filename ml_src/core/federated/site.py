@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import math
-import re
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -40,6 +39,7 @@ from ml_src.core.trainers.loop import evaluate, train_epoch
 from ml_src.core.trainers.training import Progress, Training
 
 PERSONAL = "personal.pt"  # FedBN: the best weights of all with the batch normalisation that this site had beside them
+LONGEST_NAME = 64  # of a session
 MOST_SESSIONS = 1000  # whose names are remembered
 KEPT = 3  # states of rounds: one that may not count yet, and two of which the server may lose the last one
 log = logging.getLogger("ml_src")
@@ -124,8 +124,8 @@ class Site:
         """Refuse what was said before, or is beyond what this site has agreed to."""
         state = self.state
         if letter.kind == "facts":
-            if not re.fullmatch("[0-9a-f]{32}", letter.session):
-                raise WireError("the name of the session is none of this program: refused")
+            if len(letter.session) > LONGEST_NAME:  # all of them are remembered
+                raise WireError("the name of the session is too long: refused")
             if letter.session in state.sessions[:-1] or (letter.session == state.session and state.shared is not None):
                 raise WireError(f"session {letter.session[:16]} has begun before: a replayed message is refused")
             return
