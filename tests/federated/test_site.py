@@ -117,9 +117,10 @@ def test_before_the_first_session_nothing_is_done(configure: Configure, tmp_path
 )
 def test_statistics_that_cannot_be_are_refused(configure: Configure, tmp_path: Path, wrong: dict[str, Any]) -> None:
     site = opened(configure(), tmp_path)
+    site.answer(Letter("facts", "next", 0))
     files = on_disk(site)
     with pytest.raises(WireError, match="of all sites"):
-        site.answer(Letter("settle", "now", 0, values=SETTLED | wrong))
+        site.answer(Letter("settle", "next", 0, values=SETTLED | wrong))
     assert on_disk(site) == files
 
 
