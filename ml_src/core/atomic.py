@@ -46,7 +46,7 @@ def _keep(path: Path, name: Path) -> None:
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, advice: str = "wait for it, or give another --output") -> Iterator[None]:
     """Make a folder and keep other processes from writing into it, as long as the block.
 
     Raises: ConfigError where another one does.
@@ -60,9 +60,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         except ModuleNotFoundError:  # on Windows two at once are not found out
             pass
         except BlockingIOError as error:
-            raise ConfigError(
-                f"another process is writing to {folder}: wait for it, or give another --output"
-            ) from error
+            raise ConfigError(f"another process is writing to {folder}: {advice}") from error
         yield
 
 

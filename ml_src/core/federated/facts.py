@@ -3,6 +3,8 @@
 From it every site normalises alike, and `class_weights: balanced` balances the classes of all sites together.
 """
 
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +23,16 @@ from ml_src.core.federated_specs import Positive
 from ml_src.core.transform_specs import Section
 
 MOST_CLASSES = 65535
+SECTIONS = ("seed", "model", "loss", "training", "optimizer", "scheduler", "transforms", "federated")
+LOCAL = (  # what each side may choose for itself
+    ("training", "dp"),
+    ("training", "device"),
+    ("training", "num_workers"),
+    ("training", "pin_memory"),
+    ("federated", "rounds"),
+    ("federated", "min_sites"),
+    ("federated", "round_timeout"),
+)
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
@@ -53,13 +65,23 @@ class Facts(Section):
     class_counts: list[Count] = Field(max_length=MOST_CLASSES)  # pixels of the training masks; none under dp
     sizes: dict[str, Count] = Field(max_length=10_000)  # "height x width" -> training images; none under dp
     channels: ChannelSums | None  # None where the configuration has mean and std
+    sections: dict[str, str] = Field(default={}, max_length=20)  # digests of what must be the same at all sites
 
 
-def collect(config: Config) -> Facts:
+def sections_of(config: Config) -> dict[str, str]:
+    """Return a digest of each section that must be the same at all sites, by its name."""
+    whole = config.model_dump(mode="json", include=set(SECTIONS))
+    for section, key in LOCAL:
+        (whole[section] or {}).pop(key)
+    return {name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for name, part in whole.items()}
+
+
+def collect(config: Config, sections: dict[str, str]) -> Facts:
     """Return the facts of a site's data; under dp only how many images there are.
 
     Args:
         config: the site's, with its own data; trainer_type is that of the site.
+        sections: see `sections_of`.
     """
     data, is_private = LabelledImages(config), config.training.trainer_type == "dp"
     parts = ["train", "val"] + ["test"] * (not splits.is_empty(config.splits_dir, "test"))
@@ -74,6 +96,7 @@ def collect(config: Config) -> Facts:
         class_counts=[] if is_private else counts,
         sizes={} if is_private else dict(sizes.most_common(1000)),
         channels=_channel_sums(config, data) if config.needs_statistics else None,
+        sections=sections,
     )
 
 
@@ -146,10 +169,9 @@ def require_fitting(own: Facts, name: str, known: Fingerprint, config: Config) -
     `config` is the one that has what was settled then.
     """
     merge({name: own}, config)
-    if known.mean is not None:
-        channels, dtype = (None, None) if own.channels is None else (len(own.channels.mean), own.channels.dtype)
-        _require_equal("number of channels", {"the others": len(known.mean), name: channels})
-        _require_equal("number type", {"the others": known.dtype, name: dtype})
+    if known.mean is not None and own.channels is not None:
+        _require_equal("number of channels", {"the others": len(known.mean), name: len(own.channels.mean)})
+        _require_equal("number type", {"the others": known.dtype, name: own.channels.dtype})
 
 
 def _statistics(facts: dict[str, Facts], names: Sequence[str]) -> tuple[list[float], list[float]]:

@@ -26,6 +26,7 @@ from ml_src.core.federated.secure_round import Keys
 from ml_src.core.federated.site import Site
 from ml_src.core.metrics.segmentation import summarize
 from ml_src.core.plugins import import_plugins
+from ml_src.core.tasks import task_for
 from ml_src.core.trainers.resume import checkpoint_of
 
 RUN = "run"  # the run folder in a kit, as of any training
@@ -103,6 +104,7 @@ def answerer(folder: Path, data_dir: Path) -> Callable[[Message, Context], Messa
     import_plugins(config.plugins)
     names = list(kit.public_keys)
     keys = Keys(kit.signing_key(), {name: key for name, key in kit.public_keys.items() if name != kit.name})
+    task_for(config).check_data()  # a site without its data had better not begin
     site = Site(kit.name, _private(config), kit.folder / RUN, names.index(kit.name), keys=keys)
     return lambda message, context: client.answer(site, message, is_private=True)
 

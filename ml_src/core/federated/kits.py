@@ -86,6 +86,9 @@ class Kit:
         }  # not those of a simulation
         if data_dir is not None:
             overrides |= {"data.data_dir": str(data_dir), "data.splits_dir": None}
+        for path in (self.folder / "config.yaml", self.ca):
+            if not path.is_file():
+                raise ConfigError(f"{path} is missing: ask for the kit again")
         return load_config(self.folder / "config.yaml", overrides)
 
     @cached_property

@@ -1,5 +1,6 @@
 """The server's way to its sites: letters out, answers back as they come, over any Grid of Flower's."""
 
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
@@ -42,6 +43,7 @@ class Link:
         is_patient: bool = False,
     ) -> None:
         self.grid, self.nodes, self.since, self.is_patient = grid, nodes, since, is_patient
+        self._pulls: dict[str, _Pull] = {}
 
     def ask(
         self,
@@ -78,7 +80,7 @@ class Link:
             yield Answer(site, None, "could not be sent its message", is_lost=True)
         nap = FIRST_NAP
         while set(waiting.values()) - set(silent) and (self.is_patient or time.monotonic() - started < timeout):
-            replies = list(self.grid.pull_messages(list(waiting)))
+            replies = self._pulled(list(waiting))
             for reply in replies:
                 key = reply.metadata.reply_to_message_id
                 if key in waiting:
@@ -96,6 +98,37 @@ class Link:
         for site in waiting.values():
             why = "is still silent" if site in silent else f"has not answered within {timeout:g} s"
             yield Answer(site, None, why, is_lost=True, is_silent=True)
+
+    def _pulled(self, keys: list[str]) -> list[Message]:
+        """Return the replies that are there, without waiting for one that is still on its way."""
+        if self.is_patient:
+            return list(self.grid.pull_messages(keys))
+        for key in set(keys) - self._pulls.keys():
+            self._pulls[key] = _Pull(self.grid, key)
+            self._pulls[key].start()
+        found: list[Message] = []
+        for key in [key for key, pull in self._pulls.items() if not pull.is_alive()]:
+            pull = self._pulls.pop(key)
+            if pull.error is not None:
+                raise pull.error
+            found += pull.replies
+        return found
+
+
+class _Pull(threading.Thread):
+    """Fetches one reply: Flower waits in there until all of it has arrived, and who sends it may have died."""
+
+    def __init__(self, grid: Grid, key: str) -> None:
+        super().__init__(daemon=True)
+        self.grid, self.key = grid, key
+        self.replies: list[Message] = []
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self.replies = list(self.grid.pull_messages([self.key]))
+        except Exception as error:  # raised again by who looks for the reply
+            self.error = error
 
 
 def _answer(

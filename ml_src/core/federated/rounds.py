@@ -118,7 +118,6 @@ class Federation:
             chosen = self.choose(present, number)
             try:
                 found = self._sums(number, chosen) if self._is_secure else self._updates(number, present, chosen)
-                self._write_privacy(found)  # what reached the server is paid, whatever becomes of the round
                 if self._is_spent(present):
                     self._enter(number - 1, found.scores)
                     self.journal.stop = "the privacy budgets of the sites are spent"
@@ -166,7 +165,7 @@ class Federation:
     def _end(self, site: str, letter: Letter) -> None:
         """Count on a site no longer: its privacy budget is spent."""
         self.ended.add(site)
-        self.session.trouble(site, " ".join(str(letter.values["ended"]).split())[:MOST_WORDS])
+        self.session.trouble(site, str(letter.values["ended"])[:MOST_WORDS])
 
     def _updates(self, number: int, present: list[str], chosen: list[str]) -> "Found":
         """Ask every site for its update or its scores, and return what can be used."""
@@ -174,6 +173,7 @@ class Federation:
         found = Found(
             privacy=_privacy(answers, self._is_private), scores=self._measured(answers) if number > 1 else None
         )
+        self._write_privacy(found)  # what reached the server is paid, whatever becomes of the round
         for answer, letter in answers:
             if "ended" in letter.values:
                 self._end(answer.site, letter)
@@ -211,8 +211,10 @@ class Federation:
         """Ask the chosen sites, and learn no more than the sum of what they have."""
         values = {"num_sites": len(chosen), "best_round": self.journal.best_round}
         letter = self.session.letter(kind, number, arrays=self.weights, values=values)
-        opened = []
-        for answer, one in self.session.ask(dict.fromkeys(chosen, letter), {kind: {}}):
+        answers, opened = self.session.ask(dict.fromkeys(chosen, letter), {kind: {}}), []
+        found = Found(privacy=_privacy(answers, self._is_private))
+        self._write_privacy(found)  # what reached the server is paid, whatever becomes of the sum
+        for answer, one in answers:
             if "ended" in one.values:  # it would add nothing, and so the sum be that of fewer
                 self._end(answer.site, one)
             else:
@@ -223,7 +225,7 @@ class Federation:
         tally, survivors = secure_sum(self.session.ask, *about, opened, least, num_values, num_counts)
         num_val, num_images, _ = tally.counts[-3:].tolist()
         total = self.session.total_images
-        found = Found(num_images=num_images, privacy=_privacy(opened, self._is_private))
+        found.num_images = num_images
         if number > 1:
             loss = float(tally.losses[1]) * total / max(num_val, 1)
             found.scores = Scores(self._scores(tally.counts[:-3]) | {"loss": loss}, {})
@@ -323,8 +325,9 @@ class Federation:
                 self.session.trouble(answer.site, "sent counts of pixels that cannot be: its scores are left out")
                 continue
             loss, images = _number(letter.values, "val_loss"), _number(letter.values, "num_val")
-            scores[answer.site] = self._scores(counts) | {"loss": math.nan if loss is None else loss}
-            loss_sum, num_val = loss_sum + (loss or 0.0) * (images or 0.0), num_val + (images or 0.0)
+            loss = math.nan if loss is None else loss  # of all too: weights that diverged must not seem to be the best
+            scores[answer.site] = self._scores(counts) | {"loss": loss}
+            loss_sum, num_val = loss_sum + loss * (images or 0.0), num_val + (images or 0.0)
             total += counts
         return Scores(self._scores(total) | {"loss": loss_sum / max(num_val, 1)}, scores)
 

@@ -130,7 +130,15 @@ class Session:
         return bool(lost)
 
     def _fitting(self, parsed: dict[str, facts.Facts]) -> dict[str, facts.Facts]:
-        """Return the sites whose images go with those of all others; the first ones decide what that is."""
+        """Return the sites that train the same, on images that go with those of all others, as the first ones say."""
+        mine = facts.sections_of(self.config)
+        for site, own in list(parsed.items()):
+            other = sorted(name for name, digest in own.sections.items() if mine.get(name) != digest)
+            if other:
+                self.trouble(
+                    site, f"has another config.yaml than the server, in {', '.join(other)[:200]}: make it the same"
+                )
+                del parsed[site]
         if self.journal.fingerprint is None:
             if parsed:
                 self.journal.begin(facts.merge(parsed, self.config))
@@ -171,6 +179,7 @@ class Session:
         return sorted(found, key=lambda pair: pair[0].site)
 
     def trouble(self, site: str, what: str) -> None:
-        """Say and remember what went wrong at a site."""
+        """Say and remember what went wrong at a site, in one line whatever it has sent."""
+        what = " ".join(what.split())
         log.warning("%s %s", site, what)
         self.journal.trouble(site, what)

@@ -23,7 +23,7 @@ from ml_src.core.checkpoint import load_checkpoint, load_weights, random_state, 
 from ml_src.core.config import Config
 from ml_src.core.device import choose_device
 from ml_src.core.errors import BudgetError, DataError
-from ml_src.core.federated.facts import collect
+from ml_src.core.federated.facts import collect, sections_of
 from ml_src.core.federated.layout import Layout
 from ml_src.core.federated.secure_round import PHASES, Keys, Masking, Tally, require_enough
 from ml_src.core.federated.wire import Expected, Letter, WireError
@@ -64,7 +64,7 @@ class Site:
     ) -> None:
         assert config.federated is not None
         self.name, self.folder, self.keep_workers, self.keys = name, folder, keep_workers, keys
-        self.federated = config.federated
+        self.federated, self.sections = config.federated, sections_of(config)
         self.config = config.model_copy(
             update={
                 "federated": None,
@@ -151,7 +151,7 @@ class Site:
     def _facts(self, letter: Letter) -> dict[str, Any]:
         """Open a session: check the data, and tell what may be told of it."""
         task_for(self.config).check_data()
-        facts = collect(self.config)
+        facts = collect(self.config, self.sections)
         self.state.open(letter.session)
         return facts.model_dump(mode="json")
 
@@ -454,7 +454,7 @@ class _State:
                 self.summed, self.is_measured = dict(stored["summed"]), stored["is_measured"]
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
-                    f"{path} is damaged: put it back, or remove this site's folder to begin anew"
+                    f"{path} is damaged, or of another version: put it back, or train anew with --run_name"
                 ) from error
 
     @property

@@ -1,6 +1,7 @@
 """The end of a federated run: its best round measured on the images of every site, alone and all together."""
 
 import logging
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from ml_src.core.inference.predictor import Options
 from ml_src.core.inference.torch_member import TorchMember, placed
 from ml_src.core.network import build_model
 from ml_src.core.tasks import task_for
+from ml_src.core.tasks.segmentation import findings
 from ml_src.core.trainers.run_dir import command
 
 log = logging.getLogger("ml_src")
@@ -46,14 +48,16 @@ def measure(journal: Journal, sites: Mapping[str, Site]) -> str:
                for split, parts in found.items() if name in parts}
         for name in sites
     }  # fmt: skip
-    summary = _text(journal, int(best["epoch"]), reports, of_sites)
+    counts = journal.fingerprint.class_counts if journal.fingerprint is not None else []
+    worth = findings(config.class_names, counts, best["metrics"], reports["val"], config.ignore_index) if counts else []
+    summary = _text(journal, sites, worth, int(best["epoch"]), reports, of_sites)
     write_text(run_dir / "summary.txt", summary)
     contents = {
         "best_epoch": int(best["epoch"]),
         "num_epochs": len(journal.rounds),
         "seconds": round(journal.seconds(), 1),
         "best_epoch_metrics": {key: value if value == value else None for key, value in best["metrics"].items()},
-        "findings": [],
+        "findings": worth,
         **reports,
         "sites": of_sites,
     }
@@ -86,7 +90,14 @@ def _report(parts: Mapping[str, Comparison], class_names: list[str], ignore_inde
     return report(Comparison(images, total), class_names, ignore_index, None, Measuring())
 
 
-def _text(journal: Journal, number: int, reports: dict[str, Any], of_sites: dict[str, Any]) -> str:
+def _text(
+    journal: Journal,
+    sites: Mapping[str, Site],
+    found: list[str],
+    number: int,
+    reports: dict[str, Any],
+    of_sites: dict[str, Any],
+) -> str:
     config, minutes = journal.config, journal.seconds() / 60
     lines = [f"{journal.run_dir}: best round {number} of {len(journal.rounds)}, {minutes:.1f} min"]
     if journal.stop:
@@ -97,9 +108,13 @@ def _text(journal: Journal, number: int, reports: dict[str, Any], of_sites: dict
             if split in own:
                 iou, dice = (own[split][key] for key in ("iou", "dice"))
                 lines.append(f"    {name}: mean IoU {iou:.4f}, mean Dice {dice:.4f}, {own[split]['num_images']} images")
+    if found:
+        lines += ["", "Worth a look:", *(f"  - {sentence}" for sentence in found)]
     if config.federated is not None and config.federated.personalize == "batch_norm":
         lines += ["", f"Each site was measured with its own batch normalisation: sites/<name>/weights/{PERSONAL}."]
     split = "" if "test" in reports else " --split val"
     path = journal.run_dir / "weights" / "best.pt"
-    lines += ["", "Next: " + command("ml-inference --checkpoint_path", path, config) + split]
+    folders = {site.config.data.data_dir for site in sites.values()} - {config.data.data_dir}
+    where = f" --data_dir {shlex.quote(min(folders))}" if folders else ""  # each site has images of its own
+    lines += ["", "Next: " + command("ml-inference --checkpoint_path", path, config) + where + split]
     return "\n".join(lines) + "\n"

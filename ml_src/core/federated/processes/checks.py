@@ -86,9 +86,16 @@ def _check_config(kit: SiteKit | ServerKit) -> None:
 
 
 def _check_data(kit: SiteKit, data_dir: Path) -> None:
+    from ml_src.core.data.files import read_class_names
     from ml_src.core.tasks import task_for
 
-    task_for(kit.config(data_dir)).check_data()
+    config, names = kit.config(data_dir), read_class_names(data_dir)
+    task_for(config).check_data()
+    if names is not None and config.data.class_names is not None and names != config.data.class_names:
+        raise DataError(
+            f"{data_dir / 'classes.txt'} names {', '.join(names)}, but the kit {', '.join(config.data.class_names)}: "
+            "make them agree"
+        )
 
 
 def _check_key(kit: SiteKit | ServerKit) -> None:

@@ -35,7 +35,11 @@ def serve(folder: Path, lead: str = LEAD) -> None:
     """
     kit = read_server_kit(folder)
     require_kit(kit)
-    with atomic.only_writer(kit.state), logging_to(kit.state / "server.log"), sigterm_as_interrupt():
+    with (
+        atomic.only_writer(kit.state, "this kit is in use here; end that command first"),
+        logging_to(kit.state / "server.log"),
+        sigterm_as_interrupt(),
+    ):
         set_environment(kit.state)
         secret = _write_secrets(kit)
         children: list[Child] = []
@@ -151,7 +155,7 @@ def logging_to(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        log.error("%s: %s", type(error).__name__, error)
+        handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, "error: %s", (error,), None))
         raise
     finally:
         log.removeHandler(handler)

@@ -15,6 +15,7 @@ from ml_src.core.federated.processes.hello import UnreachableError, say_hello
 from ml_src.core.federated.processes.server import logging_to, set_environment, write_private
 
 ANSWERER = "ml_src.core.federated.from_kits.answerer"
+DIARY = "rounds.log"
 FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0  # seconds between two attempts to reach the server
 STEADY = 60.0  # seconds after which an end is not a failure to start
 log = logging.getLogger("ml_src")
@@ -30,7 +31,11 @@ def take_part(folder: Path, data_dir: Path, answerer: str = ANSWERER) -> None:
     """
     kit = read_site_kit(folder)
     checks.require_kit(kit)
-    with atomic.only_writer(kit.state), logging_to(kit.state / "site.log"), sigterm_as_interrupt():
+    with (
+        atomic.only_writer(kit.state, "this kit is in use here; end that command first"),
+        logging_to(kit.state / "site.log"),
+        sigterm_as_interrupt(),
+    ):
         set_environment(kit.state)
         secret = kit.state / "superexec.secret"
         write_private(secret, secrets.token_hex(32))
@@ -39,6 +44,7 @@ def take_part(folder: Path, data_dir: Path, answerer: str = ANSWERER) -> None:
         with ending(children):
             worker = _worker(kit, data_dir, address, secret, answerer)
             children.append(worker)
+            told = _tell(kit.state / DIARY, None)
             while True:
                 _wait_for_server(kit, worker)
                 node = Child("supernode", _supernode(kit, address, secret), kit.state / "supernode.log")
@@ -47,10 +53,23 @@ def take_part(folder: Path, data_dir: Path, answerer: str = ANSWERER) -> None:
                 t0 = time.monotonic()
                 while node.running:
                     _require_running(worker)
+                    told = _tell(kit.state / DIARY, told)
                     time.sleep(0.1)
                 log.info("the connection to the server has ended, and is made anew; %s says why", node.log)
                 if time.monotonic() - t0 < STEADY:
                     time.sleep(FIRST_WAIT)
+
+
+def _tell(diary: Path, told: int | None) -> int:
+    """Say what the worker has noted from byte `told` on, None for its end; return where that ends now."""
+    if not diary.exists():
+        return 0
+    if told is not None and diary.stat().st_size > told:
+        with diary.open("rb") as file:
+            file.seek(told)
+            for line in file.read().decode("utf-8", errors="replace").splitlines():
+                log.info(line)
+    return diary.stat().st_size
 
 
 def _wait_for_server(kit: SiteKit, worker: Child) -> None:
