@@ -23,7 +23,7 @@ OF_DATA = {
 
 
 def merged(config: Config, folder: Path) -> Any:
-    return merge({name: collect(one) for name, one in site_configs(config, folder).items()}, config)
+    return merge({name: collect(one, {}) for name, one in site_configs(config, folder).items()}, config)
 
 
 @pytest.mark.parametrize("partition", ["iid", "dirichlet"])
@@ -52,7 +52,7 @@ def test_every_site_normalises_alike_and_weighs_classes_by_all_sites(configure: 
         normalize = settled.train_transforms[-1]
         assert (normalize.mean, normalize.std) == (known["mean"], known["std"])  # type: ignore[union-attr]
         assert settled.loss.class_weights == balanced_weights(known["class_counts"])
-        own = collect(site.config).class_counts
+        own = collect(site.config, {}).class_counts
         assert balanced_weights(own) != settled.loss.class_weights
     assert federation.journal.config.needs_statistics is False
 
@@ -60,7 +60,7 @@ def test_every_site_normalises_alike_and_weighs_classes_by_all_sites(configure: 
 def test_no_pixel_is_among_the_facts(configure: Configure, tmp_path: Path) -> None:
     """A site of 6 images of 12 288 values each tells a few numbers."""
     site = site_configs(configure(OF_DATA), tmp_path / "sites")["site_0"]
-    plain = collect(site).model_dump(mode="json")
+    plain = collect(site, {}).model_dump(mode="json")
     assert len(str(plain)) < 700
     names = {Path(pair.image).stem for pair in LabelledImages(site).pairs("train")}
     assert not [name for name in names if name in str(plain)]
@@ -70,7 +70,7 @@ def test_under_dp_only_numbers_of_images_are_told(configure: Configure, tmp_path
     config = configure({"model.norm": "group", "training.dp": {"noise_multiplier": 1.0, "public_statistics": True}})
     one = site_configs(config, tmp_path / "sites")["site_0"]
     site = one.model_copy(update={"training": one.training.model_copy(update={"trainer_type": "dp"})})
-    told = collect(site)
+    told = collect(site, {})
     assert (told.class_counts, told.sizes, told.channels) == ([], {}, None)
 
 
@@ -87,7 +87,7 @@ def test_sites_that_differ_are_named(
     configure: Configure, tmp_path: Path, change: dict[str, Any], sentence: str
 ) -> None:
     config = configure()
-    facts = {name: collect(one) for name, one in site_configs(config, tmp_path / "sites").items()}
+    facts = {name: collect(one, {}) for name, one in site_configs(config, tmp_path / "sites").items()}
     facts["site_1"] = facts["site_1"].model_copy(update=change)
     with pytest.raises(DataError, match=sentence):
         merge(facts, config.model_copy(update={"data": config.data.model_copy(update={"class_names": None})}))
@@ -100,7 +100,7 @@ def test_what_are_no_facts_is_said_of_its_site(values: object) -> None:
 
 
 def test_facts_in_which_numbers_are_negative_are_refused(configure: Configure, tmp_path: Path) -> None:
-    plain = collect(site_configs(configure(), tmp_path / "sites")["site_0"]).model_dump(mode="json")
+    plain = collect(site_configs(configure(), tmp_path / "sites")["site_0"], {}).model_dump(mode="json")
     assert parse(plain, "site_0").num_classes == 3
     for wrong in ({"num_images": {"train": -1, "val": 1}}, {"class_counts": [-1, 2, 3]}, {"num_images": {"val": 1}}):
         with pytest.raises(TrainingError, match=r"site_0 (sent facts that cannot be read|has no training)"):

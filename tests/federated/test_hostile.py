@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -450,45 +450,59 @@ def test_a_session_waits_for_as_many_sites_as_the_round_needs(
             session.wait(needed)
 
 
+ABSENT, MOST_LOOKS = 1, 20
+
+
 @dataclass
 class Halting(LocalGrid):
-    """A grid that keeps the messages to `mute` nodes, and counts how often it had nothing to give."""
+    """A grid on which the first node may be mute, and answers before the others where it is not."""
 
-    mute: set[int] = field(default_factory=set)
-    num_vain: int = 0
+    is_mute: bool = True
+    num_looks: int = 0  # for its answer, in vain
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        kept = [key for key in message_ids if self.waiting[key].metadata.dst_node_id not in self.mute]
-        self.num_vain += not kept
-        return super().pull_messages(kept)
+        (key,) = message_ids
+        of_absent = [key for key, one in list(self.waiting.items()) if one.metadata.dst_node_id == ABSENT]
+        if self.is_mute and key in of_absent:
+            self.num_looks += 1
+            return []
+        is_early = not self.is_mute and of_absent and key not in of_absent
+        return [] if is_early else super().pull_messages([key])
 
 
 def test_a_silent_site_is_waited_for_once_until_it_answers_again(configure: Configure) -> None:
+    """Between two looks for answers at least 0.05 s pass, so that 20 looks are waiting."""
+
     def echo(message: Message) -> Message:
         return Message(message.content, reply_to=message)
 
-    nodes = {"absent": 1, "busy": 2, "calm": 3}
+    nodes = {"absent": ABSENT, "busy": 2, "calm": 3}
     grid = Halting(dict.fromkeys(nodes.values(), echo))
-    config = configure(round_timeout=0.3)
-    session = Session(config, Link(grid, lambda: nodes), Journal(config, Path("run")), 3)
-
-    def round_of(number: int, mute: set[int]) -> tuple[list[str], bool]:
-        """Who has answered, and whether somebody was waited for."""
-        grid.mute, grid.num_vain = mute, 0
-        letters = dict.fromkeys(nodes, session.letter("evaluate", number))
-        found = [one.site for one, _ in session.ask(letters, {"evaluate": {}})]
-        return found, grid.num_vain > 0
-
+    journal = Journal(configure(), Path("run"))
+    session = Session(journal.config, Link(grid, lambda: nodes), journal, 3)
     others = ["busy", "calm"]
-    assert round_of(1, {1}) == (others, True)
-    assert session.silent == {"absent"}
-    assert round_of(2, {1}) == (others, False)
-    assert round_of(3, {1}) == (others, False)
-    assert session.silent == {"absent"}
-    assert round_of(4, set()) == (["absent", *others], False)
+
+    def round_of(number: int, is_mute: bool, timeout: float) -> list[str]:
+        """Who has answered."""
+        grid.is_mute, grid.num_looks = is_mute, 0
+        grid.waiting.clear()
+        session.federated = session.federated.model_copy(update={"round_timeout": timeout})
+        letters = dict.fromkeys(nodes, session.letter("evaluate", number))
+        return [one.site for one, _ in session.ask(letters, {"evaluate": {}})]
+
+    def last_words() -> str:
+        return str(journal.troubles[-1]["what"])
+
+    assert round_of(1, True, 1.0) == others
+    assert (last_words(), session.silent) == ("has not answered within 1 s", {"absent"})
+    for number in (2, 3):
+        assert round_of(number, True, 10.0) == others
+        assert (last_words(), session.silent) == ("is still silent", {"absent"})
+        assert grid.num_looks < MOST_LOOKS
+    assert round_of(4, False, 30.0) == ["absent", *others]
     assert session.silent == set()
-    assert round_of(5, {1}) == (others, True)
-    assert round_of(6, {1, 2}) == (["calm"], True)  # one is not enough for a round
+    assert round_of(5, True, 1.0) == others
+    assert (last_words(), session.silent) == ("has not answered within 1 s", {"absent"})
 
 
 @pytest.mark.parametrize(
