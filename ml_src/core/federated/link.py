@@ -58,6 +58,7 @@ class Link:
         alone: they have not answered before.
         """
         started = looked = time.monotonic()
+        self._pulls = {}  # what still waits for answers to earlier letters is let go
         nodes, since = self.nodes(), self.since()
         records = {id(letter): to_record(letter) for letter in letters.values()}  # most have the same
         sites = [site for site in letters if site in nodes]
