@@ -29,7 +29,8 @@ from ml_src.core.federated.local_grid import LocalGrid
 from ml_src.core.federated.rounds import MOST_NUMBERS, Federation
 from ml_src.core.federated.session import Session
 from ml_src.core.federated.simulation import site_configs
-from ml_src.core.federated.site import LONGEST_NAME, MOST_SESSIONS, Site
+from ml_src.core.federated.site import LONGEST_NAME, Site
+from ml_src.core.federated.site_state import MOST_SESSIONS
 from ml_src.core.federated.wire import ENVELOPE, Letter, WireError, from_record, to_record
 from ml_src.core.network import build_model
 

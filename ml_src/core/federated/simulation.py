@@ -1,13 +1,9 @@
 """trainer_type federated in one process: all sites on this machine, in turn, by the messages of real ones."""
 
 import logging
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
 
 from ml_src.core.allocator import keep_freed_memory
 from ml_src.core.atomic import remove_leftovers, write_text
@@ -21,6 +17,7 @@ from ml_src.core.federated.journal import require_same_federation, set_aside
 from ml_src.core.federated.link import Link
 from ml_src.core.federated.local_grid import LocalGrid
 from ml_src.core.federated.partition import write_partition
+from ml_src.core.federated.processes.children import sigterm_as_interrupt
 from ml_src.core.federated.rounds import Federation
 from ml_src.core.federated.site import Site
 from ml_src.core.federated.summary import measure
@@ -77,7 +74,7 @@ def train(config: Config, resume: Path | None = None, overwrite: bool = False) -
             federation.restore(contents)
         log.info("%s, %d sites: %s", run_dir, len(names), ", ".join(names))
         try:
-            with stop_on_sigterm():
+            with sigterm_as_interrupt():
                 federation.run()
         except KeyboardInterrupt:
             how = f"Stopped. To go on: {command('ml-train --resume', run_dir, config)}"
@@ -125,17 +122,3 @@ def _require_same(before: Config, now: Config, contents: dict[str, object], run_
     old, new = before.federated, now.federated
     assert new is not None
     require_same_federation(old, new, path)
-
-
-@contextmanager
-def stop_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does; the last round that counts is on the disk."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

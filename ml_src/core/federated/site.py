@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ml_src.core.atomic import remove_leftovers, write_json
+from ml_src.core.atomic import remove_leftovers
 from ml_src.core.callbacks import Callback
 from ml_src.core.checkpoint import load_checkpoint, load_weights, random_state, save_checkpoint, set_random_state
 from ml_src.core.config import Config
@@ -26,6 +26,7 @@ from ml_src.core.errors import BudgetError, DataError
 from ml_src.core.federated.facts import collect, sections_of
 from ml_src.core.federated.layout import Layout
 from ml_src.core.federated.secure_round import PHASES, Keys, Masking, Tally, require_enough
+from ml_src.core.federated.site_state import SiteState
 from ml_src.core.federated.wire import Expected, Letter, WireError
 from ml_src.core.inference.measure import Measuring, compare_split
 from ml_src.core.inference.predictor import Options
@@ -40,7 +41,6 @@ from ml_src.core.trainers.training import Progress, Training
 
 PERSONAL = "personal.pt"  # FedBN: the best weights of all with the batch normalisation that this site had beside them
 LONGEST_NAME = 64  # of a session
-MOST_SESSIONS = 1000  # whose names are remembered
 KEPT = 3  # states of rounds: one that may not count yet, and two of which the server may lose the last one
 log = logging.getLogger("ml_src")
 
@@ -77,7 +77,7 @@ class Site:
         (folder / "weights").mkdir(parents=True, exist_ok=True)
         for path in (folder, folder / "weights"):
             remove_leftovers(path)
-        self.state = _State(folder / "site.json")
+        self.state = SiteState(folder / "site.json")
         self.training: Training | None = None
         self.random: dict[str, Any] = {}  # the state of the generators, between two letters
         self.done = 0  # the round whose result `training` holds
@@ -435,56 +435,3 @@ class Proximal(nn.Module):
 
 def _proximal(strategy: Any) -> float:
     return float(getattr(strategy, "proximal_mu", 0.0))
-
-
-class _State:
-    """What a site remembers of its sessions: a small JSON file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.sessions: list[str] = []
-        self.answered = 0  # the last round of the session
-        self.is_measured = False  # at the images' own size, in the session
-        self.shared: dict[str, Any] | None = None
-        self.summed: dict[str, list[str]] = {}  # who was in the sum of each round, over all sessions
-        if path.exists():
-            try:
-                stored = json.loads(path.read_bytes())
-                self.sessions, self.answered, self.shared = stored["sessions"], stored["answered"], stored["shared"]
-                self.summed, self.is_measured = dict(stored["summed"]), stored["is_measured"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"{path} is damaged, or of another version: put it back, or train anew with --run_name"
-                ) from error
-
-    @property
-    def session(self) -> str:
-        """The one under way; empty before the first."""
-        return self.sessions[-1] if self.sessions else ""
-
-    def open(self, session: str) -> None:
-        """Begin a session: the server has been started anew, and may ask for its last round again."""
-        self.sessions = [*self.sessions, session][-MOST_SESSIONS:]
-        self.answered, self.shared, self.is_measured = 0, None, False
-        self._write()
-
-    def settle(self, shared: dict[str, Any]) -> None:
-        self.shared = shared
-        self._write()
-
-    def answer(self, number: int) -> None:
-        self.answered = number
-        self._write()
-
-    def measure(self) -> None:
-        self.is_measured = True
-        self._write()
-
-    def reveal(self, number: int, survivors: list[str]) -> None:
-        """Remember who is in the sum of a round, before it can be known."""
-        self.summed[str(number)] = survivors
-        self._write()
-
-    def _write(self) -> None:
-        kept = ("sessions", "answered", "is_measured", "shared", "summed")
-        write_json(self.path, {key: getattr(self, key) for key in kept})
