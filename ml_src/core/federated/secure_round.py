@@ -6,7 +6,6 @@ of its validation images. Next to read: `secure/`, the masks themselves.
 
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,6 @@ BOUND = 2.0**20  # of any one value, before it is weighted down
 MOST_SITES = 1000  # of one sum: both sides must divide the ring alike
 FEWEST = 3
 PHASES = ("keys", "shares", "reveal")
-log = logging.getLogger("ml_src")
 
 
 @dataclass(frozen=True)
