@@ -1,6 +1,7 @@
 """What the tests share: a small generated data set with splits, and a configuration that trains on it in seconds."""
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,17 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """Whatever a test draws does not depend on the tests before it: a failure comes back when it is run alone."""
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
