@@ -88,16 +88,16 @@ class Krum(Section):
     """The one update that is nearest to its neighbours (Blanchard et al. 2017)."""
 
     type: Literal["krum"]
-    num_malicious: Annotated[int, Field(ge=0)] = 0
-    """Sites that may send anything."""
+    num_malicious: Annotated[int, Field(ge=0)] | None = None
+    """Sites that may send anything; as many as the updates of a round allow when left out."""
 
 
 class MultiKrum(Section):
     """The mean of the updates that are nearest to their neighbours (Blanchard et al. 2017)."""
 
     type: Literal["multikrum"]
-    num_malicious: Annotated[int, Field(ge=0)] = 0
-    """Sites that may send anything."""
+    num_malicious: Annotated[int, Field(ge=0)] | None = None
+    """Sites that may send anything; as many as the updates of a round allow when left out."""
     num_selected: Positive = 2
     """Updates that are averaged."""
 
@@ -106,8 +106,8 @@ class Bulyan(Section):
     """A trimmed mean of Krum's best updates (El Mhamdi et al. 2018); needs 4 * num_malicious + 3 sites."""
 
     type: Literal["bulyan"]
-    num_malicious: Annotated[int, Field(ge=0)] = 0
-    """Sites that may send anything."""
+    num_malicious: Annotated[int, Field(ge=0)] | None = None
+    """Sites that may send anything; as many as the updates of a round allow when left out."""
 
 
 Strategy = (

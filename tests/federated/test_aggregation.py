@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import trim_mean
 
 from ml_src.core.errors import CheckpointError, TrainingError
-from ml_src.core.federated.aggregation import STRATEGIES, Aggregator, Update, least_sites, norm, sound
+from ml_src.core.federated.aggregation import STRATEGIES, Aggregator, Update, bears, least_sites, norm, sound
 from ml_src.core.federated_specs import SELECTIVE, FederatedConfig
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -414,6 +414,31 @@ def test_krum_bears_as_many_wrong_sites_as_it_promises_with_the_least_sites(kind
     wrong = [Update(f"wrong {i}", 5, {"w": np.full(50, -3, np.float32)}, {}) for i in range(num_malicious)]
     after, _ = Aggregator(chosen).combine(1, before, updates + wrong)
     assert (after["w"] > 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_sites", "borne"),
+    [
+        *[("krum", 3, 0), ("krum", 4, 0), ("krum", 5, 1), ("krum", 7, 2)],
+        *[("multikrum", 3, 0), ("multikrum", 5, 1), ("bulyan", 6, 0), ("bulyan", 7, 1)],
+    ],
+)
+def test_as_many_wrong_sites_as_a_round_allows_are_borne_where_nothing_else_is_said(
+    kind: str, num_sites: int, borne: int
+) -> None:
+    chosen = config(kind)
+    assert bears(chosen.strategy, num_sites) == borne
+    before = ({"w": np.zeros(50, np.float32)}, {})
+    rng = np.random.default_rng(3)
+    right = [rng.normal(1, 0.1, 50).astype(np.float32) for _ in range(num_sites - borne)]
+    wrong = [np.full(50, -3, np.float32)] * borne
+    updates = [Update(f"site {i}", 5, {"w": w}, {}) for i, w in enumerate(right + wrong)]
+    made = Aggregator(chosen)
+    after, _ = made.combine(1, before, updates)
+    assert (after["w"] > 0.5).all()
+    assert made.combine(2, before, updates[:3])  # in a round of fewer, as many as that allows
+    explicit = Aggregator(config(kind, num_malicious=borne))
+    assert np.array_equal(explicit.combine(1, before, updates)[0]["w"], after["w"])
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -97,6 +97,8 @@ class Aggregator:
                 f"round {round}: federated.strategy {self.kind} needs the updates of {least} sites and has "
                 f"{len(updates)}: bring the other sites back, or choose another strategy"
             )
+        if (wrong := bears(self.config.strategy, len(updates))) is not None:
+            self.strategy.num_malicious_nodes = wrong
         updates = sorted(updates, key=lambda update: update.site)
         # How many images a site has is its own word: robust strategies do not take it.
         shares = [1 if self.kind in SELECTIVE else update.num_images for update in updates]
@@ -164,13 +166,32 @@ def least_sites(config: FederatedConfig) -> int:
             least = math.ceil(1 / beta)
             return least + (int(beta * least) < 1)  # 49 * (1 / 49) < 1
         case Krum(num_malicious=wrong):
-            return 2 * wrong + 3  # Blanchard et al. 2017, proposition 2: 2 f + 2 < n
+            return 2 * (wrong or 0) + 3  # Blanchard et al. 2017, proposition 2: 2 f + 2 < n
         case MultiKrum(num_malicious=wrong, num_selected=selected):
-            return max(2 * wrong + 3, wrong + selected)  # so many right ones there must be
+            return max(2 * (wrong or 0) + 3, (wrong or 0) + selected)  # so many right ones there must be
         case Bulyan(num_malicious=wrong):
-            return 4 * wrong + 3  # El Mhamdi et al. 2018, section 4
+            return 4 * (wrong or 0) + 3  # El Mhamdi et al. 2018, section 4
         case _:
             return 1
+
+
+def bears(strategy: Strategy, num_updates: int) -> int | None:
+    """Return how many of so many updates may be anything: num_malicious; where that is left out, the most there can be.
+
+    None for strategies that are not told.
+    """
+    match strategy:
+        case Krum(num_malicious=None):
+            most = (num_updates - 3) // 2
+        case MultiKrum(num_malicious=None, num_selected=selected):
+            most = min((num_updates - 3) // 2, num_updates - selected)
+        case Bulyan(num_malicious=None):
+            most = (num_updates - 3) // 4
+        case Krum(num_malicious=told) | MultiKrum(num_malicious=told) | Bulyan(num_malicious=told):
+            return told
+        case _:
+            return None
+    return max(0, most)
 
 
 def norm(before: tuple[Arrays, Arrays], update: Update) -> float:
@@ -259,7 +280,7 @@ class _Reply:
 
 
 def _build(strategy: Strategy) -> strategies.FedAvg:
-    options = strategy.model_dump(exclude={"type"})
+    options = strategy.model_dump(exclude={"type"}, exclude_none=True)
     named = {OPTIONS.get(name, name): value for name, value in options.items()}
     return STRATEGIES[strategy.type](min_train_nodes=0, min_available_nodes=0, **named)
 

@@ -114,7 +114,7 @@ class Journal:
         self._curves_of_scores(number, total, sites)
         value = total[self.checkpoints.monitor.removeprefix("val_")]
         log.info("round %d/%d: val_loss %.4f, val_iou %.4f", number, self._num_rounds, total["loss"], total["iou"])
-        if self.checkpoints.is_better(value, self.best) or not self._path("best.pt").exists():
+        if self._is_better(number, value) or not self._path("best.pt").exists():
             self.best, self.best_round = None if math.isnan(value) else value, number
             save_checkpoint(self._path("best.pt"), self._contents(number, state))
         if self.early is not None:
@@ -122,6 +122,22 @@ class Journal:
             self.stop = self.early.reason
             if self.stop:
                 log.info("Stopped early: %s", self.stop)
+
+    def _is_better(self, number: int, value: float) -> bool:
+        """Whether a round is better than the best one; where other sites measured that, by those that measured both.
+
+        Else a round would be the best because a site with hard images was away. Under secure aggregation, where no
+        site has scores of its own, there is nothing but the values over all.
+        """
+        best = self.best
+        if best is not None:
+            now, then = (self.rounds[one - 1]["metrics_of_sites"] for one in (number, self.best_round))
+            name = f"val_{self.checkpoints.monitor.removeprefix('val_')}"
+            both = [site for site in sorted(now.keys() & then.keys()) if then[site][name] is not None]
+            if both and now.keys() != then.keys():
+                value = _mean([now[site][name] for site in both])
+                best = _mean([then[site][name] for site in both])
+        return self.checkpoints.is_better(value, best)
 
     def skip(self, number: int, state: dict[str, Any]) -> None:
         """Pass over a round that cannot be done: the weights stay as they are."""
@@ -228,6 +244,11 @@ class Journal:
 def _defined(value: float) -> float | None:
     """JSON knows no NaN."""
     return None if math.isnan(value) else value
+
+
+def _mean(values: list[float | None]) -> float:
+    """The mean; NaN where one is not defined."""
+    return math.fsum(math.nan if value is None else value for value in values) / len(values)
 
 
 def _most_steps(entry: Mapping[str, Any]) -> int:

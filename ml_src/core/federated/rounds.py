@@ -21,7 +21,7 @@ from ml_src.core.atomic import write_json
 from ml_src.core.config import Config
 from ml_src.core.device import seed_everything
 from ml_src.core.errors import ConfigError, TrainingError
-from ml_src.core.federated.aggregation import Aggregator, Update, least_sites, norm, sound
+from ml_src.core.federated.aggregation import Aggregator, Update, bears, least_sites, norm, sound
 from ml_src.core.federated.journal import Journal
 from ml_src.core.federated.layout import Arrays, Layout
 from ml_src.core.federated.link import MOST_WORDS, Answer, Link
@@ -86,6 +86,9 @@ class Federation:
     def run(self) -> None:
         """Train until the last round, or until early stopping; then measure what came out."""
         last = self._last_round()
+        strategy = self.federated.strategy
+        if (wrong := bears(strategy, self.num_chosen)) is not None:
+            log.info("%s: of %d sites in a round, %d may send anything", strategy.type, self.num_chosen, wrong)
         self.session.open(self.round)
         while self.round < last and not self.journal.stop:
             self.train_round(self.round + 1)
