@@ -25,7 +25,7 @@ from pathlib import Path
 from ml_src.core.data.loaders import Loader
 from ml_src.core.data.order import EpochOrder
 from ml_src.core.data.segmentation import SegmentationDataset
-from ml_src.core.data.splits import read_split
+from ml_src.core.data.split_files import read_split
 from ml_src.core.transforms import build_transforms
 
 data = Path(sys.argv[1])

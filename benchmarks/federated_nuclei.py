@@ -27,7 +27,8 @@ from ml_src.core.config import Config
 from ml_src.core.config_file import parse_config
 from ml_src.core.data import checks
 from ml_src.core.data.files import find_pairs
-from ml_src.core.data.splits import index_files, make_splits
+from ml_src.core.data.split_files import index_files
+from ml_src.core.data.splits import make_splits
 from ml_src.core.federated.simulation import train as train_sites
 from ml_src.core.inference.measure import Measuring, compare_split
 from ml_src.core.inference.predictor import Options

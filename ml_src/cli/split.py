@@ -68,7 +68,7 @@ def _split(argv: Sequence[str]) -> int:
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
-    from ml_src.core.data import checks, split_report, splits
+    from ml_src.core.data import checks, split_files, split_report, splits
     from ml_src.core.data.files import find_pairs, read_class_names
     from ml_src.core.errors import ConfigError
     from ml_src.core.federated import partition
@@ -94,7 +94,7 @@ def _split(argv: Sequence[str]) -> int:
         groups = splits.groups_from_csv(pairs, Path(args.groups))
     elif args.group_regex is not None:
         groups = splits.groups_from_regex(pairs, args.group_regex)
-    cache = splits.cache_path(splits_dir)
+    cache = split_files.cache_path(splits_dir)
     with TemporaryDirectory() as scratch:  # nothing is written beside the data before all is known to be well
         draft = Path(scratch) / cache.name
         with suppress(OSError):
@@ -107,14 +107,14 @@ def _split(argv: Sequence[str]) -> int:
         drawn = splits.make_splits(
             counts, groups, args.folds, args.test_split, args.val_split, args.stratified, args.seed
         )
-        files, site_of, folders = splits.index_files(drawn, pairs, data_dir), None, []
+        files, site_of, folders = split_files.index_files(drawn, pairs, data_dir), None, []
         if plan:
             folders = partition.site_folders(splits_dir, plan.num_sites)
             site_of = partition.assign_sites(
                 counts, drawn.parts, groups, plan.num_sites, plan.strategy, plan.alpha, args.seed
             )
             files |= partition.site_files(site_of, drawn.parts, groups, pairs, data_dir)
-        changed = splits.write_files(files, splits_dir, args.force)
+        changed = split_files.write_files(files, splits_dir, args.force)
         with suppress(OSError):
             shutil.copyfile(draft, cache)
         partition.share_facts(cache, folders)

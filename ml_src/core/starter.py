@@ -12,8 +12,9 @@ import yaml
 
 from ml_src.core.config import Config
 from ml_src.core.config_file import parse_config
-from ml_src.core.data import checks, splits
+from ml_src.core.data import checks
 from ml_src.core.data.files import Pair, find_pairs, image_info, read_class_names
+from ml_src.core.data.split_files import cache_path, pairs_of_split, read_split
 from ml_src.core.data.statistics import channel_moments, normalisation
 from ml_src.core.errors import DataError
 
@@ -49,8 +50,8 @@ def describe(data_dir: Path, splits_dir: Path | None = None) -> Description:
     Raises: DataError where the folder is not a data set that can be trained on.
     """
     splits_dir = splits_dir or data_dir / "splits"
-    pairs = splits.pairs_of_split(splits_dir, data_dir) or find_pairs(data_dir / "images", data_dir / "masks")
-    facts = checks.scan(pairs, splits.cache_path(splits_dir) if splits_dir.is_dir() else None)
+    pairs = pairs_of_split(splits_dir, data_dir) or find_pairs(data_dir / "images", data_dir / "masks")
+    facts = checks.scan(pairs, cache_path(splits_dir) if splits_dir.is_dir() else None)
     checks.check_files(pairs, facts)
     infos = [image_info(pair.image) for pair in pairs]
     channels = max(info.channels for info in infos)
@@ -80,7 +81,7 @@ def describe(data_dir: Path, splits_dir: Path | None = None) -> Description:
     return Description(
         data_dir=data_dir,
         num_images=len(pairs),
-        num_training=len(splits.read_split(splits_dir, data_dir, "fold_0_train")) if folds else len(pairs) * 2 // 3,
+        num_training=len(read_split(splits_dir, data_dir, "fold_0_train")) if folds else len(pairs) * 2 // 3,
         sizes=[(info.height, info.width) for info in infos],
         channels=channels,
         dtype=infos[0].dtype,

@@ -14,7 +14,7 @@ from ml_src.core.checking.preview import MOST_BYTES, write_preview
 from ml_src.core.config_file import load_config
 from ml_src.core.data.files import find_pairs
 from ml_src.core.data.segmentation import SampleKey, SegmentationDataset
-from ml_src.core.data.splits import read_split
+from ml_src.core.data.split_files import read_split
 from ml_src.core.errors import ConfigError, DataError
 from ml_src.core.pictures import palette
 from ml_src.core.transforms import build_transforms

@@ -10,7 +10,7 @@ from PIL import Image
 from ml_src.cli.split import main
 from ml_src.core.data.checks import scan
 from ml_src.core.data.files import Pair
-from ml_src.core.data.splits import cache_path, read_split
+from ml_src.core.data.split_files import cache_path, read_split
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ml_src.cli.split import main
 from ml_src.core.data.checks import scan
-from ml_src.core.data.splits import cache_path, read_split
+from ml_src.core.data.split_files import cache_path, read_split
 from ml_src.core.federated_specs import FederatedConfig
 
 FOUR = ("--federated", "--num_clients", "4")

@@ -9,15 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ml_src.core.data.files import Pair
-from ml_src.core.data.splits import (
-    Splits,
-    cache_path,
-    groups_from_csv,
-    groups_from_regex,
-    make_splits,
-    read_split,
-    write_splits,
-)
+from ml_src.core.data.split_files import cache_path, read_split, write_splits
+from ml_src.core.data.splits import Splits, groups_from_csv, groups_from_regex, make_splits
 from ml_src.core.errors import ConfigError, DataError
 
 

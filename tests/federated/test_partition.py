@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from ml_src.core.config import Config
 from ml_src.core.data.checks import MaskFacts
 from ml_src.core.data.files import find_pairs
+from ml_src.core.data.split_files import read_groups, read_split, write_splits
 from ml_src.core.data.split_report import rows_of_sites, unevenness
-from ml_src.core.data.splits import make_splits, read_groups, read_split, write_splits
+from ml_src.core.data.splits import make_splits
 from ml_src.core.errors import ConfigError, DataError
 from ml_src.core.federated.partition import assign_sites, write_partition
 

@@ -18,7 +18,7 @@ from ml_src.core.config import Config
 from ml_src.core.config_file import load_config
 from ml_src.core.data.files import Pair, find_pairs
 from ml_src.core.data.segmentation import Sample, SampleKey, SegmentationDataset
-from ml_src.core.data.splits import existing_files, read_split
+from ml_src.core.data.split_files import existing_files, read_split
 from ml_src.core.data.statistics import channel_moments, normalisation
 from ml_src.core.errors import ConfigError
 from ml_src.core.pictures import Image, as_rgb, overlay, palette

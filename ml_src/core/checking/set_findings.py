@@ -16,7 +16,8 @@ from ml_src.core.checking.overlaps import overlaps
 from ml_src.core.data.checks import unlabelled_value
 from ml_src.core.data.files import Pair, listed
 from ml_src.core.data.headers import Header
-from ml_src.core.data.splits import GROUPS, existing_files, groups_from_csv
+from ml_src.core.data.split_files import GROUPS, existing_files
+from ml_src.core.data.splits import groups_from_csv
 from ml_src.core.errors import DataError
 
 FOLDS = 5  # of ml-split, unless told otherwise

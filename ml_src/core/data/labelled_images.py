@@ -4,7 +4,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ml_src.core.config import Config
-from ml_src.core.data import splits
+from ml_src.core.data import split_files
 from ml_src.core.data.pairs import Pairs
 from ml_src.core.transforms import Pipeline, build_transforms
 
@@ -33,7 +33,7 @@ class LabelledImages:
         """Return the image/mask pairs of `train`, `val` or `test` from the index files of the fold."""
         if split not in self._pairs:  # once: reading looks every listed file up
             name = split if split == "test" else f"fold_{self.config.data.fold}_{split}"
-            self._pairs[split] = splits.read_split(self.config.splits_dir, self.data_dir, name)
+            self._pairs[split] = split_files.read_split(self.config.splits_dir, self.data_dir, name)
         return self._pairs[split]
 
     def num_images(self, split: str) -> int:
@@ -45,4 +45,4 @@ class LabelledImages:
 
         Raises: DataError where the split was made without groups.
         """
-        return splits.read_groups(self.config.splits_dir, self.pairs(split))
+        return split_files.read_groups(self.config.splits_dir, self.pairs(split))

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from ml_src.core.config import Config
-from ml_src.core.data import checks, splits
+from ml_src.core.data import checks, split_files
 from ml_src.core.data.files import read_class_names
 from ml_src.core.data.labelled_images import LabelledImages
 from ml_src.core.data.statistics import Moments, channel_moments, normalisation
@@ -84,8 +84,8 @@ def collect(config: Config, sections: dict[str, str]) -> Facts:
         sections: see `sections_of`.
     """
     data, is_private = LabelledImages(config), config.training.trainer_type == "dp"
-    parts = ["train", "val"] + ["test"] * (not splits.is_empty(config.splits_dir, "test"))
-    facts = checks.scan(data.pairs("train"), splits.cache_path(config.splits_dir))
+    parts = ["train", "val"] + ["test"] * (not split_files.is_empty(config.splits_dir, "test"))
+    facts = checks.scan(data.pairs("train"), split_files.cache_path(config.splits_dir))
     counts = checks.class_counts(facts, config.data.num_classes, config.data.ignore_index)
     sizes = Counter(f"{fact.image_height} x {fact.image_width}" for fact in facts)
     return Facts(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_src.core.data import checks, splits
+from ml_src.core.data import checks, split_files
 from ml_src.core.data.files import Pair, listed
 from ml_src.core.errors import ConfigError, DataError
 from ml_src.core.progress import progress_bar
@@ -270,7 +270,7 @@ def site_files(
     for site in sorted(set(site_of)):
         members = [index for index, home in enumerate(site_of) if home == site]
         place = {index: number for number, index in enumerate(members)}
-        of_site = splits.files_of_parts(
+        of_site = split_files.files_of_parts(
             {name: [place[index] for index in indices if index in place] for name, indices in parts.items()},
             None if groups is None else [groups[index] for index in members],
             [pairs[index] for index in members],
@@ -289,7 +289,7 @@ def share_facts(cache: Path, folders: Sequence[Path]) -> None:
     """Lay what is known of the masks beside the index files of each site, so that no site reads them again."""
     for folder in folders:
         with suppress(OSError):
-            shutil.copyfile(cache, splits.cache_path(folder))
+            shutil.copyfile(cache, split_files.cache_path(folder))
 
 
 def sites_as_yaml(folders: Sequence[Path]) -> str:
@@ -317,22 +317,22 @@ def write_partition(config: "Config", folder: Path) -> list[Path]:
     pairs: list[Pair] = []
     parts: dict[str, Sequence[int]] = {}
     for name in ("test", f"fold_{config.data.fold}_train", f"fold_{config.data.fold}_val"):
-        without = name == "test" and splits.is_empty(splits_dir, name)
-        read = [] if without else splits.read_split(splits_dir, data_dir, name)
+        without = name == "test" and split_files.is_empty(splits_dir, name)
+        read = [] if without else split_files.read_split(splits_dir, data_dir, name)
         parts[name] = range(len(pairs), len(pairs) + len(read))
         pairs += read
     groups = None
-    if federated.partition == "by_group" or (splits_dir / splits.GROUPS).is_file():
-        groups = splits.read_groups(splits_dir, pairs)
+    if federated.partition == "by_group" or (splits_dir / split_files.GROUPS).is_file():
+        groups = split_files.read_groups(splits_dir, pairs)
     counts = _class_counts(config, pairs) if federated.partition == "dirichlet" else [{}] * len(pairs)
     seed = config.seed if federated.seed is None else federated.seed
     site_of = assign_sites(counts, parts, groups, federated.num_sites, federated.partition, federated.alpha, seed)
 
-    new, old = site_files(site_of, parts, groups, pairs, data_dir), splits.existing_site_files(folder)
+    new, old = site_files(site_of, parts, groups, pairs, data_dir), split_files.existing_site_files(folder)
     if new != old:
-        splits.replace_files(folder, old, new)
+        split_files.replace_files(folder, old, new)
     folders = site_folders(folder, federated.num_sites)
-    share_facts(splits.cache_path(splits_dir), folders)
+    share_facts(split_files.cache_path(splits_dir), folders)
     return folders
 
 
@@ -340,6 +340,6 @@ def _class_counts(config: "Config", pairs: Sequence[Pair]) -> list[dict[int, int
     """Return for each pair the pixels of each class, ignored ones left out."""
     ignore_index = config.data.ignore_index
     with progress_bar("reading masks", len(pairs)) as advance:
-        facts = checks.scan(pairs, splits.cache_path(config.splits_dir), advance)
+        facts = checks.scan(pairs, split_files.cache_path(config.splits_dir), advance)
     checks.check_masks(pairs, facts, config.data.num_classes, ignore_index)
     return [{value: pixels for value, pixels in fact.counts.items() if value != ignore_index} for fact in facts]

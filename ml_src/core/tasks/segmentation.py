@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ml_src.core.config import Config
-from ml_src.core.data import checks, splits
+from ml_src.core.data import checks
 from ml_src.core.data.labelled_images import LabelledImages
 from ml_src.core.data.loaders import Batch, Loader
 from ml_src.core.data.order import Order, ShareOfBatches
 from ml_src.core.data.segmentation import SampleKey, SegmentationDataset
+from ml_src.core.data.split_files import cache_path, is_empty, statistics_path
 from ml_src.core.data.statistics import channel_statistics
 from ml_src.core.errors import DataError
 from ml_src.core.losses import build_loss
@@ -82,7 +83,7 @@ class Segmentation(LabelledImages):
         if self.config.needs_statistics:
             images, channels = self.pairs("train").images, self.config.model.in_channels
             with progress_bar("reading images for their statistics", len(images)) as advance:
-                found = channel_statistics(images, channels, splits.statistics_path(self.config.splits_dir), advance)
+                found = channel_statistics(images, channels, statistics_path(self.config.splits_dir), advance)
             self.config = self.config.with_statistics(*found)
         return self.config
 
@@ -93,7 +94,7 @@ class Segmentation(LabelledImages):
 
     @cached_property
     def _train_counts(self) -> list[int]:
-        facts = checks.scan(self.pairs("train"), splits.cache_path(self.config.splits_dir))
+        facts = checks.scan(self.pairs("train"), cache_path(self.config.splits_dir))
         return checks.class_counts(facts, self.config.data.num_classes, self.ignore_index)
 
     def check_data(self) -> None:
@@ -105,7 +106,7 @@ class Segmentation(LabelledImages):
         parts = [self.pairs(split) for split in ("train", *self.measured_splits())]
         pairs = [pair for part in parts for pair in part]
         with progress_bar("reading masks", len(pairs)) as advance:
-            facts = checks.scan(pairs, splits.cache_path(self.config.splits_dir), advance)
+            facts = checks.scan(pairs, cache_path(self.config.splits_dir), advance)
         checks.check_masks(pairs, facts, data.num_classes, data.ignore_index)
         checks.check_images(pairs, facts, model.in_channels)
         self._train_counts = checks.class_counts(facts[: len(parts[0])], data.num_classes, self.ignore_index)
@@ -168,7 +169,7 @@ class Segmentation(LabelledImages):
 
     def measured_splits(self) -> list[str]:
         """Return `val`, and `test` unless ml-split was asked for none."""
-        return ["val"] if splits.is_empty(self.config.splits_dir, "test") else ["val", "test"]
+        return ["val"] if is_empty(self.config.splits_dir, "test") else ["val", "test"]
 
     def findings(self, metrics: dict[str, float], reports: dict[str, dict[str, Any]]) -> list[str]:
         """Return the guide's signs of trouble that the numbers show, each with what to try."""
