@@ -26,6 +26,8 @@ from ml_src.core.export.safetensors import export_safetensors
 from ml_src.core.export.torchscript import export_torchscript
 from ml_src.core.network.custom import SimpleUNet
 
+pytestmark = pytest.mark.xdist_group("formats")  # what they share is made once
+
 STRINGS = {"ml_src.class_names": '["cell", "Gewebe \\u00e4"]', "description": 'two lines\n<and> "quotes" & é'}
 Arrays = tuple[NDArray[np.integer], NDArray[np.float32]]
 

@@ -20,6 +20,8 @@ from ml_src.core.export.quantize import QuantizeReport, fewest, quantize_onnx, u
 from ml_src.core.export.runtime import open_exported
 from ml_src.core.network.custom import DoubleConv
 
+pytestmark = pytest.mark.xdist_group("quantize")  # what they share is made once
+
 METADATA = Metadata(
     class_names=["ground", "square", "disc"],
     colours=[[0, 0, 0], [255, 0, 0], [0, 0, 255]],

@@ -19,6 +19,8 @@ from ml_src.core.checkpoint import load_checkpoint
 from ml_src.core.errors import CheckpointError, TrainingError
 from ml_src.core.federated.simulation import train
 
+pytestmark = pytest.mark.xdist_group("resume")  # what they share is made once
+
 Order = Callable[..., int]
 
 

@@ -14,6 +14,8 @@ from ml_src.core.errors import ConfigError
 from ml_src.core.network.cross_process_norm import CrossProcessBatchNorm, convert
 from ml_src.core.network.custom import SimpleUNet
 
+pytestmark = pytest.mark.xdist_group("cross_process_norm")  # what they share is made once
+
 Result = dict[str, Tensor]
 
 

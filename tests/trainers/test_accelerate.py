@@ -41,6 +41,8 @@ from ml_src.core.trainers.accelerate import start
 from ml_src.core.trainers.sharded import FSDP
 from ml_src.core.trainers.training import Training
 
+pytestmark = pytest.mark.xdist_group("accelerate")  # what they share is made once
+
 NUM_VAL, SIDE = 5, 64  # images of the sample data
 CLIPPED = [{"type": "gradient_clipping", "max_norm": 0.05}]
 ADAM = {"optimizer": {"type": "adam", "lr": 0.002}, "training.callbacks": CLIPPED, "training.num_epochs": 3}
