@@ -352,12 +352,13 @@ def test_two_exports_to_one_file_do_not_meet(data: Path, capsys: pytest.CaptureF
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_an_ensemble_of_files_takes_no_more_memory_than_max_ram(data: Path) -> None:
     """Each engine keeps what a prediction took, so that it adds up."""
-    for fold in range(3):
-        network = SimpleUNet(1, 3, base_channels=16)
-        path = save(Path(f"runs/wide_fold_{fold}/weights/best.pt"), "simple_unet", network.state_dict(),
-                    **{"model.base_channels": 16, "model.num_classes": 3})  # fmt: skip
-        assert run("--checkpoint", path, "--input_type", "uint8") == 0
-    write_gray(Path("large.png"), 1100, 1300)
+    network = SimpleUNet(1, 3, base_channels=16)
+    path = save(Path("runs/wide_fold_0/weights/best.pt"), "simple_unet", network.state_dict(),
+                **{"model.base_channels": 16, "model.num_classes": 3})  # fmt: skip
+    assert run("--checkpoint", path, "--input_type", "uint8") == 0
+    for fold in (1, 2):  # what a file computes is no matter here
+        shutil.copytree("runs/wide_fold_0", f"runs/wide_fold_{fold}")
+    write_gray(Path("large.png"), 800, 1000)
     files = [f"runs/wide_fold_{fold}/weights/best.onnx" for fold in range(3)]
     words = ["-m", "ml_src.cli.inference", "--ensemble", *files, "--input", "large.png", "--output", "out",
              "--tile", "1024", "--batch_size", "2", "--max_ram", "1G"]  # fmt: skip

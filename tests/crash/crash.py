@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import yaml
@@ -93,8 +93,38 @@ class Result:
     seconds: float = 0.0
 
 
-def survive(trainer: str, crashes: Sequence[Crash], folder: Path, num_epochs: int, seed: int = 0) -> Result:
+class Process(Protocol):
+    """What is needed of an ml-train process; subprocess.Popen has it."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+    def kill(self) -> None: ...
+    def communicate(self, *, timeout: float) -> tuple[Any, str]: ...
+
+
+Start = Callable[[list[str], Path], Process]
+
+
+def started(words: list[str], folder: Path) -> Process:
+    """Start `ml-train *words` in a folder, as a user does."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "ml_src.cli.train", *words],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # sums are rounded as the threads share them
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def survive(
+    trainer: str, crashes: Sequence[Crash], folder: Path, num_epochs: int, seed: int = 0, start: Start = started
+) -> Result:
     """Run once in peace and once through the crashes, in an empty folder; compare what the last checkpoints hold.
+
+    Args:
+        start: starts `ml-train` with those words in that folder.
 
     Raises: AssertionError where a process does not behave.
     """
@@ -103,16 +133,17 @@ def survive(trainer: str, crashes: Sequence[Crash], folder: Path, num_epochs: in
     new = ["--config", "small.yaml", "--num_epochs", str(num_epochs)]
     new += ["--set", *TRAINERS[trainer]] if TRAINERS[trainer] else []
     whole, run_dir = folder / "runs/whole_fold_0", folder / "runs/crashed_fold_0"
-    pace = leave_alone(folder, [*new, "--run_name", "whole"], whole)
+    pace = leave_alone(start, folder, [*new, "--run_name", "whole"], whole)
     num_steps = load_checkpoint(whole / "weights/last.pt")["step"]
 
     def begin() -> tuple["Observed", int]:
         """Start the run or go on with it; return also at which step."""
         source = resumable(run_dir)
         if source is None:  # it was killed before its first checkpoint
-            return Observed(folder, [*new, "--run_name", "crashed"], run_dir / "weights"), 0
+            return Observed(start, folder, [*new, "--run_name", "crashed"], run_dir / "weights"), 0
         result.resumes += 1
-        run = Observed(folder, ["--resume", str(run_dir)], run_dir / "weights", falls_back=source.name != "last.pt")
+        words, falls_back = ["--resume", str(run_dir)], source.name != "last.pt"
+        run = Observed(start, folder, words, run_dir / "weights", falls_back)
         return run, load_checkpoint(source)["step"]
 
     left = list(crashes)
@@ -160,10 +191,10 @@ class Pace:
     step: float
 
 
-def leave_alone(folder: Path, words: Sequence[str], run_dir: Path) -> Pace:
+def leave_alone(start: Start, folder: Path, words: list[str], run_dir: Path) -> Pace:
     """Run to the end."""
     t0 = time.monotonic()
-    run = Observed(folder, words, run_dir / "weights")
+    run = Observed(start, folder, words, run_dir / "weights")
     saved: list[float] = []
     while run.process.poll() is None and time.monotonic() - t0 < PATIENCE:
         if run.look() > len(saved):
@@ -178,23 +209,17 @@ def leave_alone(folder: Path, words: Sequence[str], run_dir: Path) -> Pace:
 class Observed:
     """An ml-train process, and what can be seen of it from outside: its weights folder."""
 
+    start: Start
     folder: Path
-    words: Sequence[str]
+    words: list[str]
     weights: Path
     falls_back: bool = False  # to last.previous.pt, and must say so
     num_saves: int = 0
-    process: subprocess.Popen[str] = field(init=False)
+    process: Process = field(init=False)
 
     def __post_init__(self) -> None:
         self._seen, self._old = identity(self.weights / "last.pt"), set(self.weights.glob("*.tmp"))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "ml_src.cli.train", *self.words],
-            cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},  # sums are rounded as the threads share them
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self.process = self.start(self.words, self.folder)
 
     def look(self) -> int:
         """Return how often this process has replaced last.pt, as far as one has looked."""

@@ -1,14 +1,10 @@
-"""Simulations of a few sites over a few small images, what the tests look at afterwards, and a way to kill them.
-
-Run as a program it reads one order a line, does each in a process of its own, and says how that ended.
-"""
+"""Simulations of a few sites over a few small images, what the tests look at afterwards, and a way to kill them."""
 
 import json
 import os
 import shutil
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -121,24 +117,3 @@ def do(order: dict[str, Any]) -> None:
     sys.addaudithook(watch)
     led(parse_config(order["config"]))
     Path("renamed").write_text(str(renamed))
-
-
-def main() -> None:
-    """Do orders, each in a fork, so that torch is imported once for all of them."""
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        order = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            try:
-                os.chdir(order["folder"])
-                do(order)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import known_sites
 import pytest
 import torch
+from known_forks import Forks
 from known_sites import Configure, differing, history, led, prepared, weights, without_clocks
 
 from ml_src.cli import train as cli
@@ -27,18 +27,16 @@ Order = Callable[..., int]
 @pytest.fixture(scope="module")
 def order() -> Iterator[Order]:
     """Runs a simulation in a process of its own that kills itself where it is told to; returns the exit code."""
-    command = [sys.executable, known_sites.__file__]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    with Forks("known_sites", folders=[Path(__file__).parent]) as forks:
 
         def send(folder: Path, config: dict[str, Any], kill_at: int = 0, afresh: bool = True) -> int:
-            assert server.stdin is not None and server.stdout is not None
-            words = {"folder": str(folder), "config": config, "kill_at": kill_at, "afresh": afresh}
-            print(json.dumps(words), file=server.stdin, flush=True)
-            return int(server.stdout.readline())
+            order = {"config": config, "kill_at": kill_at, "afresh": afresh}
+            process = forks.start("known_sites:do", order, folder)
+            print(process.communicate(timeout=300)[1])
+            assert process.returncode is not None
+            return process.returncode
 
         yield send
-        assert server.stdin is not None
-        server.stdin.close()
 
 
 def essence(run_dir: Path) -> dict[str, Any]:
