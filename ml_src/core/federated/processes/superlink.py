@@ -5,13 +5,18 @@ they are; Runtime, for the code of the run. The gate lets other machines reach t
 of a site and a request of honest size. All else is answered to this machine only, and to who knows the token.
 """
 
+import asyncio
+import gc
 import hmac
 import ipaddress
 import json
+import logging
 import sys
 import time
 from base64 import b64decode
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +30,9 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 FLEET = "/v1/fleet/"
 HELLO = "/federation/hello"
 TOKEN_HEADER = "x-federation-token"
+MOST_AT_ONCE = 8  # requests of a site; an honest one has four at most
+LONGEST_REQUEST = 300.0  # seconds
+MOST_GARBAGE = 1 << 24  # bytes of requests
 
 
 class Gate:
@@ -60,9 +68,7 @@ class Gate:
 
     async def _fleet(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass on what a registered site sends, up to max_bytes; Flower then checks the signature."""
-        from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
-
-        if _decoded(_header(scope, FLEET_HTTP_PUBLIC_KEY_HEADER.lower())) not in self.keys:
+        if _key(scope) not in self.keys:
             await _refuse(send, 401, "this key is not registered")
             return
         length = _header(scope, "content-length")
@@ -102,6 +108,38 @@ class _Counted:
             await self._send(message)
 
 
+class Turns:
+    """An ASGI application between the gate and Flower's: each site has a few requests at once, the others wait unread.
+
+    So that a site cannot fill the memory with requests of honest size. Whose request it is says the signature, which
+    Flower checks again, with its age, after it has read all.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self._turns: dict[bytes, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MOST_AT_ONCE))
+        self._num_read = 0  # bytes since garbage was collected
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith(FLEET):
+            await self.app(scope, receive, send)
+        elif not _signed(scope):
+            await _refuse(send, 401, "this request is not signed with its key")
+        else:
+            async with self._turns[_key(scope)]:
+                with suppress(TimeoutError):  # a connection that broke may look as if it were there
+                    async with asyncio.timeout(LONGEST_REQUEST):
+                        await self.app(scope, partial(self._counted, receive), send)
+            if self._num_read > MOST_GARBAGE:
+                self._num_read = 0
+                gc.collect()  # what is left of a request refers to itself, and Python counts objects, not their bytes
+
+    async def _counted(self, receive: Receive) -> Message:
+        message = await receive()
+        self._num_read += len(message.get("body", b""))
+        return message
+
+
 def _from_this_machine(scope: Message) -> bool:
     """Judge by the other end of the socket, whatever headers say."""
     try:
@@ -112,6 +150,24 @@ def _from_this_machine(scope: Message) -> bool:
 
 def _header(scope: Message, name: str) -> bytes:
     return next((bytes(value) for key, value in scope["headers"] if key == name.encode("ascii")), b"")
+
+
+def _key(scope: Message) -> bytes:
+    """Return the public key that a request names, as PEM."""
+    from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+
+    return _decoded(_header(scope, FLEET_HTTP_PUBLIC_KEY_HEADER.lower()))
+
+
+def _signed(scope: Message) -> bool:
+    """Whether the time in the headers of a request is signed with its key."""
+    from flwr.common.constant import TIMESTAMP_HEADER
+    from flwr.supercore.constant import FLEET_HTTP_SIGNATURE_HEADER
+    from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
+
+    signature = _decoded(_header(scope, FLEET_HTTP_SIGNATURE_HEADER.lower()))
+    key, moment = bytes_to_public_key(_key(scope)), _header(scope, TIMESTAMP_HEADER.lower())
+    return bool(verify_signature(key, moment, signature))
 
 
 def _decoded(value: bytes) -> bytes:
@@ -143,21 +199,35 @@ def main() -> None:
     from flwr.superlink import main as flower
     from flwr.superlink.cli import flower_superlink
     from ml_src.core.federated import kits
+    from ml_src.core.federated.processes.limits import Limits
     from ml_src.core.federated.processes.tuning import plain_log
 
     kit = kits.read_server_kit(kit_folder)
     keys = frozenset(kits.public_pem(key) for key in kit.public_keys.values())
+    max_bytes = kit.max_request_mb * 2**20
     create_app = flower.create_app
 
     def guarded(*arguments: Any, **options: Any) -> Gate:
-        return Gate(create_app(*arguments, **options), kit.token.read_text("ascii"), keys, kit.max_request_mb * 2**20)
+        return Gate(Turns(create_app(*arguments, **options)), kit.token.read_text("ascii"), keys, max_bytes)
 
     plain_log()
+    _shorten_log()
     _let_sites_come_back()
+    Limits(max_bytes).install()
     flower.create_app = guarded
     # Forwarded headers would replace the address of the other end; a line for each poll would fill the disk.
     uvicorn.run = partial(_run, uvicorn.run)
     flower_superlink()
+
+
+def _shorten_log() -> None:
+    from flwr.supercore.logger import FLOWER_LOGGER
+    from ml_src.core.federated.processes.limits import ShortLog
+
+    short = ShortLog()
+    for handler in FLOWER_LOGGER.handlers:
+        handler.addFilter(short)
+    logging.getLogger("uvicorn.error").addFilter(short)
 
 
 def _let_sites_come_back() -> None:
