@@ -9,7 +9,7 @@ from ml_src.cli._app import Parser, run
 _USES = {
     "init": "write a kit for the server and one for each site: keys, certificates, the training",
     "server": "run the server of a kit; stopped or killed, the same command goes on",
-    "site": "take part as the site of a kit, until stopped",
+    "site": "take part as the site of a kit, until the federation ends",
     "status": "say who is connected, how far it is, what went wrong last",
 }
 

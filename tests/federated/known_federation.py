@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -48,6 +49,7 @@ def answer_from_kit(kit: Path, data_dir: Path):
 
     if not data_dir.is_dir():
         raise DataError(f"{data_dir} does not exist: give the folder of the data")
+    from ml_src.core.federated.site_state import RUN, End
 
     def answer(message, context):
         if message.metadata.group_id == "impossible":
@@ -56,6 +58,9 @@ def answer_from_kit(kit: Path, data_dir: Path):
             (data_dir / "working").touch()
             while not (data_dir / "release").exists():
                 time.sleep(0.02)
+        if message.metadata.group_id == "over":
+            (kit / RUN).mkdir()
+            End(30, 27, "").write(kit / RUN)
         arrays = message.content["arrays"]
         more = {name: arrays[name].numpy() + 1 for name in arrays}
         return Message(RecordDict({"arrays": ArrayRecord({k: _array(v) for k, v in more.items()})}), reply_to=message)
@@ -255,6 +260,7 @@ class _Repeating:
         self._grid, self._kit = grid, kit
         self._first: list = []
         self._extra: set[str] = set()
+        self._one_at_a_time = threading.Lock()  # a reply that two threads ask for is lost to the second
 
     def __getattr__(self, name: str):
         return getattr(self._grid, name)
@@ -270,7 +276,11 @@ class _Repeating:
         return pushed
 
     def pull_messages(self, message_ids):
-        replies = list(self._grid.pull_messages([*message_ids, *self._extra]))
+        with self._one_at_a_time:
+            return self._pulled([*message_ids, *self._extra])
+
+    def _pulled(self, message_ids):
+        replies = list(self._grid.pull_messages(message_ids))
         with (self._kit / "heard").open("ab") as heard, (self._kit / "refusals").open("a") as refusals:
             for reply in replies:
                 heard.write(_bytes_of(reply))

@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from known_federation import alive, descendants, ends_of_sockets, order, running, start, wait_for
+from known_sites import differing, history, weights
+from test_federation import NAMES, begun, deployed, named_in, whole
 
 from ml_src.cli import federated as command
 from ml_src.core.errors import ConfigError, DataError
@@ -29,6 +32,7 @@ from ml_src.core.federated.processes.server import serve
 from ml_src.core.federated.processes.status import status
 from ml_src.core.federated.processes.superlink import FLEET, HELLO, TOKEN_HEADER, Gate
 from ml_src.core.federated.processes.supernode import FIRST_NAP, LOCAL_NAP, LONGEST_NAP, Naps
+from ml_src.core.federated.processes.tuning import log_to
 
 pytestmark = pytest.mark.xdist_group("processes")
 TOKEN = "a1" * 32
@@ -122,6 +126,7 @@ def test_naps_grow_while_nothing_comes_and_begin_anew_with_work():
 
 def test_the_inside_of_flower_that_is_followed_is_still_there():
     from flwr.supercore.inflatable import inflatable_utils
+    from flwr.supercore.retry import http_retry
     from flwr.superlink.grid import HttpGrid
     from flwr.supernode import start_client_internal
     from ml_src.core.federated.processes import runtime, tuning
@@ -130,6 +135,7 @@ def test_the_inside_of_flower_that_is_followed_is_still_there():
     for function in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
         assert function.__kwdefaults__["initial_backoff"] == tuning.FIRST_WAIT
     assert start_client_internal.time.sleep
+    assert http_retry.MAX_RETRY_DELAY > tuning.LONGEST_RETRY
     grid = HttpGrid("127.0.0.1:1", True, token="x")
     assert grid._client is None
     assert grid._retry_invoker.max_tries is None
@@ -375,19 +381,121 @@ def test_a_server_whose_superlink_dies_ends_with_a_sentence_and_goes_on_when_sta
     assert federation.round("23") == {"a": 1.0, "b": 1.0}
 
 
-def test_all_end_cleanly_when_asked_and_the_server_when_its_rounds_are_over(federation):
+def test_all_end_cleanly_when_asked_and_by_themselves_when_all_is_over(federation, caplog):
     federation.round("24")
     left = set().union(*(descendants(process.pid) for process in federation.processes))
-    order(federation.kits / "server", "25", "end")
+    assert federation.round("over", sites=["b"]) == {"b": 1.0}
+    order(federation.kits / "server", "over2", "end")
     assert federation.server.wait(60) == 0
-    for site in federation.sites.values():
-        site.send_signal(signal.SIGINT)
-    for site in federation.sites.values():
-        assert site.wait(60) == 130
+    site = federation.sites["b"]
+    assert site.wait(60) == 0
+    weights = federation.kits / "b" / "run" / "weights" / "best.pt"
+    sentence = f"the federation has ended after 30 rounds (best: round 27); the network is {weights}"
+    assert site.communicate()[0].decode().splitlines()[-1] == sentence
+    federation.sites["a"].send_signal(signal.SIGINT)
+    assert federation.sites["a"].wait(60) == 130
+    said = federation.sites["a"].communicate()[0].decode().splitlines()
+    assert said[-1] == "stopped"
+    assert "Traceback" not in said
     assert not alive(left)
+    caplog.clear()
+    assert command.main(["site", str(federation.kits / "b"), "--data_dir", "nowhere"]) == 0  # there is no server
+    assert [record.getMessage() for record in caplog.records] == [sentence]
+    assert sentence in list(status(federation.kits / "b"))
     with pytest.raises(UnreachableError, match="may not be started"):
         say_hello(federation.kit)
     assert f"server of {federation.kit.address}: not running" in list(status(federation.kits / "server"))
+
+
+def test_what_flower_says_goes_into_a_file_and_nowhere_else(tmp_path, monkeypatch, capfd):
+    flower = logging.getLogger("flwr")
+    monkeypatch.setattr(flower, "handlers", flower.handlers)
+    monkeypatch.setattr(flower, "propagate", flower.propagate)
+    log_to(tmp_path / "said.log")
+    flower.warning("Connection attempt failed")
+    assert "Connection attempt failed" in (tmp_path / "said.log").read_text()
+    assert capfd.readouterr() == ("", "")
+
+
+# Whole trainings over three sites, in minutes
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """The data folder of each site. Tests must not write into it."""
+    return known_federation.write_data(tmp_path_factory.mktemp("sites"), NAMES)
+
+
+@whole
+def test_a_site_that_was_away_at_the_end_is_told_by_the_server_that_is_started_again(images, tmp_path):
+    with deployed(images, tmp_path, federated={"rounds": 3, "min_sites": 2, "round_timeout": 20}) as deployment:
+        begun(deployment, charite="hold")
+        deployment.wait_for("round 2", (deployment.kits / "charite" / "working").exists)
+        deployment.kill("charite")
+        assert "charite: not told of the end" in deployment.end()
+        assert [deployment.processes[name].wait(60) for name in NAMES[:2]] == [0, 0]
+        deployment.start("charite")
+        diary = deployment.kits / "charite" / "state" / "site.log"
+        charite = deployment.processes["charite"]
+        wait_for("its search", lambda: diary.read_text().endswith("trying again until it does\n"), charite)
+        deployment.start("server")
+        said = deployment.end()
+        assert deployment.processes["charite"].wait(60) == 0
+        deployment.start("server")  # nobody is there any more
+        assert "told of the end" not in deployment.end()
+    assert "charite: told of the end" in said
+    for name in NAMES:
+        assert not differing(weights(deployment.run, "best.pt"), weights(deployment.kits / name / "run", "best.pt"))
+
+
+def wait_for_child(process, module):
+    """Return the number of the child that runs one of our modules, as soon as there is one."""
+    wait_for(
+        module, lambda: any(module in Path(f"/proc/{pid}/cmdline").read_text() for pid in descendants(process.pid))
+    )
+    return child(process, module)
+
+
+def wait_for_lines(diary, process):
+    """Return when more has been noted in a diary."""
+    before = diary.stat().st_size if diary.exists() else 0
+    wait_for("another line", lambda: diary.exists() and diary.stat().st_size > before, process)
+
+
+@whole
+def test_two_programs_with_one_key_are_named_and_the_others_go_on(images, tmp_path):
+    """One of the two hears nothing for a while, then the other one, then the first again."""
+    with deployed(images, tmp_path, federated={"rounds": 500, "min_sites": 2, "round_timeout": 5}) as deployment:
+        shutil.copytree(deployment.kits / "charite", deployment.kits / "copy")
+        deployment.folders = deployment.folders | {"copy": images["charite"]}
+        for name in ["server", *NAMES, "copy"]:
+            deployment.start(name)
+        turns = ["charite", "copy"]
+        for heard, deaf in (turns, turns[::-1], turns):
+            node = wait_for_child(deployment.processes[deaf], "supernode")
+            os.kill(node, signal.SIGSTOP)
+            wait_for_lines(deployment.kits / heard / "state" / "rounds.log", deployment.processes[heard])
+            os.kill(node, signal.SIGCONT)
+        sentence = "two programs take part with the key of charite; end one of them"
+        deployment.wait_for("the sentence", lambda: any(sentence in trouble for trouble in deployment.troubles()))
+        rounds = len(history(deployment.run)["rounds"])
+        assert all(set(NAMES[:2]) <= set(named_in(deployment.run, number)) for number in range(1, rounds + 1))
+
+
+@whole
+@pytest.mark.parametrize("order", [["server", *NAMES], [*NAMES, "server"]])
+def test_who_is_interrupted_in_a_round_says_one_word_and_nothing_of_flower(images, tmp_path, order):
+    with deployed(images, tmp_path, federated={"rounds": 50, "min_sites": 3}) as deployment:
+        for name in ["server", *NAMES]:
+            deployment.start(name)
+        deployment.wait_for("a round", (deployment.run / "federation.json").exists)
+        for name in order:
+            process = deployment.processes.pop(name)
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=60)[0].decode()
+            assert process.returncode == 130
+            assert said.splitlines()[-1] == "stopped"
+            assert not re.search("Traceback|WARNING|Connection attempt|Node Unavailable", said)
 
 
 # The checks of a site, without a server

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from known_sites import Configure
+from known_sites import Configure, differing, prepared
 from torch import nn
 
+from ml_src.core.checkpoint import load_checkpoint
 from ml_src.core.errors import MLError
 from ml_src.core.federated.client import answer
 from ml_src.core.federated.layout import Arrays
@@ -17,7 +18,9 @@ from ml_src.core.federated.link import Link
 from ml_src.core.federated.local_grid import LocalGrid
 from ml_src.core.federated.simulation import site_configs
 from ml_src.core.federated.site import Proximal, Site, site_seed
+from ml_src.core.federated.site_state import ENDED, End, read_end
 from ml_src.core.federated.wire import Letter, WireError
+from ml_src.core.inference.members import open_member
 from ml_src.core.network import build_model
 
 SETTLED = {"mean": None, "std": None, "class_counts": [3, 2, 1], "num_images": 17}
@@ -254,3 +257,129 @@ def spoil(site: Site, after: int) -> None:
         return prepare(batch, device)
 
     site.training.task.prepare = fail  # type: ignore[method-assign]
+
+
+# The end
+
+
+NORMALIZE = [{"type": "normalize", "mean": "data", "std": "data"}]
+NOISY = {"noise_multiplier": 1.0, "accountant": "rdp", "public_statistics": True}
+OVER = {"best_round": 1, "num_rounds": 2, "stop": ""}
+
+
+@pytest.mark.parametrize(
+    ("federated", "also"),
+    [
+        ({}, {"transforms.train": NORMALIZE}),
+        ({"personalize": "batch_norm"}, {"transforms.train": NORMALIZE}),
+        ({"secure_aggregation": True}, {}),
+        ({"backend": "dp"}, {"model.norm": "group", "training.dp": NOISY}),
+        ({"central_dp": {"clip_norm": 1.0, "noise_multiplier": 1.0}}, {"model.norm": "group"}),
+    ],
+)
+def test_at_the_end_a_site_has_the_best_network_as_a_checkpoint_like_any_other(
+    configure: Configure, tmp_path: Path, federated: dict[str, Any], also: dict[str, Any]
+) -> None:
+    """It predicts what the network that was sent does, on images normalised with the statistics of all sites."""
+    site = Site("site_0", site_configs(configure(also, **federated), tmp_path / "sites")["site_0"], tmp_path / "run")
+    site.answer(Letter("facts", "now", 0))
+    site.answer(Letter("settle", "now", 0, values=SETTLED | {"mean": [0.4] * 3, "std": [0.2] * 3}))
+    weights = first_weights(site)
+    site.answer(Letter("end", "now", 2, weights, OVER))
+    best = tmp_path / "run" / "weights" / "best.pt"
+    images = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+    network = build_model(site.config.model).eval()
+    site.layout.load(network, weights)
+    mean, std = (0.4, 0.2) if also.get("transforms.train") == NORMALIZE else (0.5, 0.25)
+    with torch.no_grad():
+        logits = network((torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std)
+    found = open_member(best).probabilities(images)
+    np.testing.assert_allclose(found, logits.softmax(dim=1).numpy(), atol=1e-5)
+    assert load_checkpoint(best)["epoch"] == 1
+    assert read_end(tmp_path / "run") == End(2, 1, "")
+    assert best.stat().st_mtime_ns <= (tmp_path / "run" / ENDED).stat().st_mtime_ns
+
+
+def test_the_end_comes_once_and_after_the_statistics_and_nothing_comes_after_it(
+    configure: Configure, tmp_path: Path
+) -> None:
+    site = Site("site_0", site_configs(configure(), tmp_path / "sites")["site_0"], tmp_path / "site_0")
+    weights = first_weights(site)
+    over = Letter("end", "now", 2, weights, OVER)
+    with pytest.raises(WireError, match="which is not under way"):
+        site.answer(over)
+    site.answer(Letter("facts", "now", 0))
+    with pytest.raises(WireError, match="send settle first"):
+        site.answer(over)
+    site.answer(Letter("settle", "now", 0, values=SETTLED))
+    assert read_end(site.folder) is None
+    site.answer(over)
+    files = on_disk(site)
+    for letter in (over, Letter("train", "now", 2, weights), Letter("facts", "next", 0)):
+        with pytest.raises(WireError, match="was told that the federation has ended"):
+            site.answer(letter)
+        assert on_disk(site) == files
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"best_round": 3}, "the best round is none"),
+        ({"best_round": 0}, "the best round is none"),
+        ({"best_round": 1.0}, "best round is no"),
+        ({"best_round": None}, "best round is no"),
+        ({"num_rounds": 7}, "the best round is none"),
+        ({"num_rounds": True}, "the best round is none"),
+        ({"stop": None}, "is no line of text"),
+        ({"stop": "first\nsecond"}, "is no line of text"),
+        ({"stop": "\x1b[2J"}, "is no line of text"),
+        ({"stop": "x" * 501}, "is no line of text"),
+    ],
+)
+def test_an_end_that_cannot_be_is_refused_and_leaves_no_trace(site: Site, wrong: dict[str, Any], sentence: str) -> None:
+    files = on_disk(site)
+    with pytest.raises(WireError, match=sentence):
+        site.answer(Letter("end", "now", 2, first_weights(site), OVER | wrong))
+    assert on_disk(site) == files
+
+
+def test_at_the_end_a_site_keeps_its_own_network_of_the_best_round(configure: Configure, tmp_path: Path) -> None:
+    site = opened(configure(personalize="batch_norm"), tmp_path)
+    weights = first_weights(site)
+    site.answer(Letter("train", "now", 1, weights))
+    site.answer(Letter("train", "now", 2, weights, {"best_round": 0}))
+    own = load_checkpoint(site.folder / "weights" / "personal_1.pt")["model_state_dict"]
+    site.answer(Letter("end", "now", 2, weights, OVER))
+    assert sorted(path.name for path in site.folder.glob("weights/[bp]*.pt")) == ["best.pt", "personal.pt"]
+    assert not differing(load_checkpoint(site.folder / "weights" / "personal.pt")["model_state_dict"], own)
+    end = read_end(site.folder)
+    assert end is not None
+    assert str(site.folder / "weights" / "personal.pt") in end.sentence(site.folder)
+
+
+# Two programs with one key
+
+
+def test_two_programs_with_the_key_of_one_site_are_named_and_a_restart_is_not(
+    configure: Configure, tmp_path: Path
+) -> None:
+    """Programs that answer in turn, and refuse what they have answered before; answers carry no trace of it."""
+    federation, sites = prepared(configure())
+    config = site_configs(configure(), tmp_path / "sites")["site_0"]
+    first, second, third = sites["site_0"], *(Site("site_0", config, tmp_path / name) for name in ("two", "three"))
+    session, grid = federation.session, federation.session.link.grid
+    assert isinstance(grid, LocalGrid)
+    letter = Letter("facts", "now", 0)
+
+    def answered_by(site: Site) -> list[str]:
+        before = len(federation.journal.troubles)
+        grid.nodes = {**grid.nodes, 1: lambda message: answer(site, message)}
+        for _, told in session.ask({"site_0": letter}, {"facts": {}}):
+            assert "program" not in told.values
+        return [one["what"] for one in federation.journal.troubles[before:] if "two programs" in one["what"]]
+
+    assert [answered_by(site) for site in (first, first, second, second, third)] == [[]] * 5
+    first.state.settle({})  # it refuses what it has answered
+    (sentence,) = answered_by(first)
+    assert "two programs take part with the key of site_0; end one of them" in sentence
+    assert answered_by(first) == []

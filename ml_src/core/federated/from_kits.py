@@ -4,7 +4,8 @@ Next to read: `processes/server.py` and `processes/site.py`, which call these tw
 """
 
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,18 @@ from ml_src.core.config_file import parse_config, to_yaml
 from ml_src.core.federated import client
 from ml_src.core.federated.journal import require_same_federation, set_aside
 from ml_src.core.federated.kits import read_server_kit, read_site_kit
-from ml_src.core.federated.link import Link
+from ml_src.core.federated.link import LOOK, Link
 from ml_src.core.federated.processes.runtime import connected_since, connected_sites
 from ml_src.core.federated.rounds import Federation
 from ml_src.core.federated.secure_round import Keys
 from ml_src.core.federated.site import Site
+from ml_src.core.federated.site_state import BEST, RUN
 from ml_src.core.metrics.segmentation import summarize
 from ml_src.core.plugins import import_plugins
 from ml_src.core.tasks import task_for
 from ml_src.core.trainers.resume import checkpoint_of
 
-RUN = "run"  # the run folder in a kit, as of any training
+AWAY = 20.0  # seconds that sites which were away at the end have to come: they look for the server every 5 s
 log = logging.getLogger("ml_src")
 
 
@@ -42,9 +44,9 @@ def lead(grid: Grid, folder: Path) -> None:
     (run_dir / "weights").mkdir(parents=True, exist_ok=True)
     for path in (run_dir, run_dir / "weights"):
         remove_leftovers(path)
-    if (run_dir / "metrics.json").exists():
+    has_ended = (run_dir / "metrics.json").exists()
+    if has_ended:
         log.info("this federation has ended: see %s; new kits train anew", run_dir / "summary.txt")
-        return
     link = Link(grid, lambda: connected_sites(grid, kit), lambda: connected_since(grid, kit))
     federation = Federation(config, link, run_dir, len(kit.public_keys))
     last = run_dir / "weights" / "last.pt"
@@ -54,13 +56,20 @@ def lead(grid: Grid, folder: Path) -> None:
         _require_same(parse_config(contents["config"], source=str(path)), config, path)
         federation.restore(contents)
         set_aside(path, last)
-        log.info("going on after round %d", federation.round)
+        if not has_ended:
+            log.info("going on after round %d", federation.round)
+    if has_ended:
+        _tell_those_who_come(federation)
+        return
     write_text(run_dir / "config.yaml", to_yaml(config))
     try:
         federation.run()
         _conclude(federation, run_dir)
+        away = federation.session.ever - set(_tell_end(federation, federation.session.here()))
     finally:
         federation.journal.close()
+    if away:
+        log.info("%s: not told of the end; this command tells it when it is given again", ", ".join(sorted(away)))
 
 
 def _require_same(before: Config, now: Config, path: Path) -> None:
@@ -87,6 +96,30 @@ def _conclude(federation: Federation, run_dir: Path) -> None:
     write_json(run_dir / "metrics.json", contents | {split: _plain(scores) for split, scores in reports.items()})
     for line in lines:
         log.info(line)
+
+
+def _tell_end(federation: Federation, sites: Collection[str]) -> list[str]:
+    """Give sites the best network and tell them that all is over; return those that have it now."""
+    told = federation.tell_end(load_checkpoint(federation.journal.run_dir / "weights" / BEST), sites)
+    if told:
+        log.info("%s: told of the end, and given the best network", ", ".join(told))
+    return told
+
+
+def _tell_those_who_come(federation: Federation) -> None:
+    """Tell the end to sites that were away when it came, and come while the server is there again."""
+    session, left, end = federation.session, federation.session.ever, time.monotonic() + AWAY
+    session.begin()
+    while left:
+        come = sorted(left & session.link.nodes().keys())
+        if come:
+            session.join(come, federation.round)
+            _tell_end(federation, [site for site in session.here() if site in come])
+            left -= set(come)
+        elif time.monotonic() > end:
+            return
+        else:
+            time.sleep(LOOK)
 
 
 def _plain(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_src.core.federated.flower  # noqa: F401  # before flwr
 from flwr.app import Message, MessageType
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from ml_src.core.errors import MLError
-from ml_src.core.federated.wire import Expected, Letter, WireError, from_record, to_record
+from ml_src.core.federated.wire import PROGRAM, REFUSED, Expected, Letter, WireError, from_record, to_record
 
 FIRST_NAP, LONGEST_NAP = 0.05, 0.25  # seconds between two looks for answers
 MOST_WORDS = 500  # characters of a site's sentence
@@ -26,6 +27,7 @@ class Answer(NamedTuple):
     seconds: float = 0.0
     is_lost: bool = False  # did not arrive: asking again may help
     is_silent: bool = False  # it is connected, and nothing came
+    program: int | None = None  # which one at the site it was, where that is told
 
 
 class Link:
@@ -68,7 +70,7 @@ class Link:
             Message(
                 records[id(letters[site])],
                 nodes[site],
-                MessageType.TRAIN if letters[site].kind == "train" else MessageType.QUERY,
+                _type_of(letters[site]),
                 group_id=str(letters[site].round),
                 ttl=timeout,
             )
@@ -132,15 +134,28 @@ class _Pull(threading.Thread):
             self.error = error
 
 
+def _type_of(letter: Letter) -> str:
+    """Return Flower's type of a message; the kind is in it for the logs of the site."""
+    return MessageType.TRAIN if letter.kind == MessageType.TRAIN else f"{MessageType.QUERY}.{letter.kind}"
+
+
 def _answer(
     site: str, letter: Letter, reply: Message, expected: Mapping[str, Mapping[str, Expected]], seconds: float
 ) -> Answer:
+    if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+        return Answer(site, None, "is no longer connected, and has lost its message", 0, seconds, is_lost=True)
     if reply.has_error():
-        return Answer(site, None, f"refused: {' '.join(str(reply.error.reason).split())[:MOST_WORDS]}", 0, seconds)
+        problem = f"refused: {' '.join(str(reply.error.reason).split())[:MOST_WORDS]}"
+        return Answer(site, None, problem, 0, seconds, program=_program(reply.error.code - REFUSED))
     try:
         found = from_record(reply.content, expected)
         if (found.kind, found.session, found.round) != (letter.kind, letter.session, letter.round):
             raise WireError("the answer is to another message: refused as replayed")
     except MLError as error:
         return Answer(site, None, f"sent an answer that cannot be used: {error}", 0, seconds)
-    return Answer(site, found, "", found.num_bytes, seconds)
+    program = found.values.pop(PROGRAM, None)
+    return Answer(site, found, "", found.num_bytes, seconds, program=_program(program))
+
+
+def _program(number: Any) -> int | None:
+    return number if type(number) is int and number > 0 else None

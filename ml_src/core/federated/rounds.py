@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -347,8 +347,7 @@ class Federation:
     def measure_last(self) -> None:
         """Let all sites measure the weights of the last round."""
         if not self.journal.is_measured(self.round):
-            present = sorted(set(self.session.num_images) & set(self.session.link.nodes()))
-            scores = None
+            present, scores = self.session.here(), None
             try:
                 if self._is_secure:
                     scores = self._sums(self.round + 1, present, "evaluate").scores
@@ -367,7 +366,7 @@ class Federation:
         secure aggregation, which hides the matrices of single sites, there is none.
         """
         self.network.load_state_dict(state_dict)
-        present = sorted(set(self.session.num_images) & set(self.session.link.nodes()))
+        present = self.session.here()
         if self._is_secure or not present:
             return {}
         num_classes = self.config.data.num_classes
@@ -381,6 +380,15 @@ class Federation:
             if of_sites:
                 found[split] = (np.sum(list(of_sites.values()), axis=0), of_sites)
         return found
+
+    def tell_end(self, best: Mapping[str, Any], sites: Collection[str]) -> list[str]:
+        """Send the best checkpoint's weights to some sites, with the word that all is over; return who has them now."""
+        self.network.load_state_dict(best["model_state_dict"])
+        values = {"best_round": best["epoch"], "num_rounds": self.round, "stop": self.journal.stop}
+        letter = self.session.letter("end", self.round, arrays=self.layout.flatten(self.network), values=values)
+        told = self.session.ask(dict.fromkeys(sites, letter), {"end": {}}) if sites else []
+        self.journal.write()  # with what went wrong since the last round
+        return [answer.site for answer, _ in told]
 
 
 @dataclass(frozen=True)

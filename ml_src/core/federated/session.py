@@ -21,6 +21,11 @@ from ml_src.core.federated.wire import Expected, Letter
 
 LATE = 10.0  # seconds that sites have to come back, where there are enough without them
 AGAIN = 2.0  # seconds between two attempts
+MOST_PROGRAMS = 100  # of a site that are remembered
+TWO = (
+    "answers from two places: two programs take part with the key of {site}; end one of them, best the one that was "
+    "started last; meanwhile its messages reach either, and rounds go on with the others where they are enough"
+)
 log = logging.getLogger("ml_src")
 
 
@@ -34,6 +39,7 @@ class Session:
         self.number = ""
         self.num_images: dict[str, int] = {}  # training images of each site that takes part
         self.silent: set[str] = set()  # connected, but a round went on without them: nobody waits for them again
+        self.programs: dict[str, list[int]] = {}  # that have answered for each site, in this order
 
     @property
     def needed(self) -> int:
@@ -59,12 +65,32 @@ class Session:
         known = self.journal.fingerprint
         return 1 if known is None else sum(known.num_images.values())
 
+    @property
+    def ever(self) -> set[str]:
+        """The sites that took part in the training, in any session."""
+        known = self.journal.fingerprint
+        later = [
+            name
+            for entry in self.journal.rounds
+            for key in ("sites", "metrics_of_sites")
+            for name in entry.get(key, {})
+        ]
+        return set(later) | set(() if known is None else known.num_images)
+
+    def here(self) -> list[str]:
+        """Return the sites that take part and are connected at this moment."""
+        return sorted(self.num_images.keys() & self.link.nodes().keys())
+
+    def begin(self) -> None:
+        """Begin anew, with nobody."""
+        self.number, self.num_images, self.silent = secrets.token_hex(16), {}, set()
+
     def open(self, round: int) -> None:
         """Begin anew: let the sites check their data, sum up what they tell of it, and tell them the sums.
 
         Raises: TrainingError where too few can take part; DataError where their images do not go together.
         """
-        self.number, self.num_images, self.silent = secrets.token_hex(16), {}, set()
+        self.begin()
         is_first = self.journal.fingerprint is None
         end = time.monotonic() + self.federated.round_timeout
         connected = self.wait(self.num_sites, self.federated.round_timeout if is_first else LATE)
@@ -170,6 +196,7 @@ class Session:
         silent = self.silent if len(letters.keys() - self.silent) >= self.needed else set()
         for answer in self.link.ask(letters, expected, self.federated.round_timeout, silent):
             (self.silent.add if answer.is_silent else self.silent.discard)(answer.site)
+            self._notice(answer)
             if answer.letter is not None:
                 found.append((answer, answer.letter))
                 continue
@@ -177,6 +204,16 @@ class Session:
             if lost is not None and answer.is_lost:
                 lost.append(answer.site)
         return sorted(found, key=lambda pair: pair[0].site)
+
+    def _notice(self, answer: Answer) -> None:
+        """Say so where one program answers for a site, then another, then the first again: no restart does that."""
+        seen = self.programs.setdefault(answer.site, [])
+        if answer.program is None or seen[-1:] == [answer.program]:
+            return
+        if answer.program in seen:
+            self.trouble(answer.site, TWO.format(site=answer.site))
+            seen.clear()
+        self.programs[answer.site] = [*seen, answer.program][-MOST_PROGRAMS:]
 
     def trouble(self, site: str, what: str) -> None:
         """Say and remember what went wrong at a site, in one line whatever it has sent."""

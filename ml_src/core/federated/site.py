@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+import secrets
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -21,12 +22,15 @@ from ml_src.core.atomic import remove_leftovers
 from ml_src.core.callbacks import Callback
 from ml_src.core.checkpoint import load_checkpoint, load_weights, random_state, save_checkpoint, set_random_state
 from ml_src.core.config import Config
+from ml_src.core.config_file import plain
+from ml_src.core.data.files import read_class_names
 from ml_src.core.device import choose_device
 from ml_src.core.errors import BudgetError, DataError
 from ml_src.core.federated.facts import collect, sections_of
 from ml_src.core.federated.layout import Layout
 from ml_src.core.federated.secure_round import PHASES, Keys, Masking, Tally, require_enough
-from ml_src.core.federated.site_state import SiteState
+from ml_src.core.federated.site_state import BEST, ENDED, End, SiteState
+from ml_src.core.federated.site_state import PERSONAL as PERSONAL
 from ml_src.core.federated.wire import Expected, Letter, WireError
 from ml_src.core.inference.measure import Measuring, compare_split
 from ml_src.core.inference.predictor import Options
@@ -39,8 +43,8 @@ from ml_src.core.trainers import build_training, choose_backend
 from ml_src.core.trainers.loop import evaluate, train_epoch
 from ml_src.core.trainers.training import Progress, Training
 
-PERSONAL = "personal.pt"  # FedBN: the best weights of all with the batch normalisation that this site had beside them
 LONGEST_NAME = 64  # of a session
+LONGEST_REASON = 500  # characters of why a federation was stopped
 KEPT = 3  # states of rounds: one that may not count yet, and two of which the server may lose the last one
 log = logging.getLogger("ml_src")
 
@@ -64,6 +68,7 @@ class Site:
     ) -> None:
         assert config.federated is not None
         self.name, self.folder, self.keep_workers, self.keys = name, folder, keep_workers, keys
+        self.program = 1 + secrets.randbelow(2**31 - 1)  # goes with all that it answers: two at once are found out
         self.federated, self.sections = config.federated, sections_of(config)
         self.config = config.model_copy(
             update={
@@ -92,7 +97,14 @@ class Site:
         """Return the arrays that each kind of letter must have."""
         weights = {kind: Expected("float32", (size,)) for kind, size in self.layout.sizes.items()}
         phases: dict[str, dict[str, Expected]] = {kind: {} for kind in PHASES}
-        return {"facts": {}, "settle": {}, "evaluate": weights, "train": weights, "measure": weights} | phases
+        return {
+            "facts": {},
+            "settle": {},
+            "evaluate": weights,
+            "train": weights,
+            "measure": weights,
+            "end": weights,
+        } | phases
 
     def answer(self, letter: Letter) -> Letter:
         """Return the answer to a checked letter.
@@ -110,6 +122,9 @@ class Site:
                 return self._work(letter)
             case "measure":
                 return self._measure(letter)
+            case "end":
+                self._end(letter)
+                return letter.answer()
             case _:
                 if self.masking is None:
                     raise WireError("no round is being summed up here: refused")
@@ -123,6 +138,8 @@ class Site:
     def _admit(self, letter: Letter) -> None:
         """Refuse what was said before, or is beyond what this site has agreed to."""
         state = self.state
+        if (self.folder / ENDED).exists():
+            raise WireError("this site was told that the federation has ended: refused")
         if letter.kind == "facts":
             if len(letter.session) > LONGEST_NAME:  # all of them are remembered
                 raise WireError("the name of the session is too long: refused")
@@ -137,12 +154,12 @@ class Site:
             raise WireError(f"{letter.kind} was answered before in this session: a replayed message is refused")
         if type(letter.values.get("best_round", 0)) is not int:
             raise WireError("the best round is no number: refused")
-        if letter.kind in ("train", "evaluate", "measure"):
+        if letter.kind in ("train", "evaluate", "measure", "end"):
             if state.shared is None:
                 raise WireError("no round before the statistics of all sites are known: send settle first")
-            if self.federated.secure_aggregation:
+            if self.federated.secure_aggregation and letter.kind != "end":
                 require_enough(letter)
-            if letter.kind != "measure" and letter.round <= state.answered:
+            if letter.kind in ("train", "evaluate") and letter.round <= state.answered:
                 raise WireError(f"round {letter.round} was answered before: a replayed message is refused")
             last = self.federated.rounds + (letter.kind == "evaluate")
             if not 1 <= letter.round <= last:
@@ -244,6 +261,20 @@ class Site:
         }
         self.state.measure()
         return letter.answer(arrays)
+
+    def _end(self, letter: Letter) -> None:
+        """Keep the best weights of all, then the word that all is over: killed in between, it is told again."""
+        num_rounds, best_round, stop = (letter.values.get(key) for key in ("num_rounds", "best_round", "stop"))
+        if not (type(num_rounds) is int and type(best_round) is int and 1 <= best_round <= num_rounds == letter.round):
+            raise WireError("the best round is none of those that were trained: refused")
+        if not (isinstance(stop, str) and len(stop) <= LONGEST_REASON and stop.isprintable()):
+            raise WireError("why the federation was stopped is no line of text: refused")
+        config = self.settled()
+        network = build_model(config.model)
+        self.layout.load(network, letter.arrays)
+        save_checkpoint(self.folder / "weights" / BEST, _contents(network, config, best_round))
+        self.keep_personal(best_round)
+        End(num_rounds, best_round, stop).write(self.folder)
 
     def _device(self) -> torch.device:
         return choose_device(self.config.training.device)
@@ -431,6 +462,30 @@ class Proximal(nn.Module):
         distance = torch.stack([(p - before).square().sum() for p, before in pairs]).sum()
         loss: Tensor = self.criterion(logits, targets) + self.mu / 2 * distance
         return loss
+
+
+def _contents(network: nn.Module, config: Config, number: int) -> dict[str, Any]:
+    """Return the checkpoint of a network that was trained over all sites, of round `number`; no training goes on."""
+    names = config.data.class_names or read_class_names(Path(config.data.data_dir))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"class_names": names})})
+    return {
+        "model_state_dict": network.state_dict(),
+        "raw_state_dict": {},
+        "optimizer_state_dict": {},
+        "scheduler_state_dict": {},
+        "config": plain(config),
+        "class_names": list(config.class_names),
+        "epoch": number,
+        "step": 0,
+        "epoch_step": 0,
+        "metrics": {},
+        "backend_state_dict": {},
+        "callback_state_dicts": {},
+        "batch_size": config.training.batch_size,
+        "processes": [],
+        "num_threads": torch.get_num_threads(),
+        "seconds": 0.0,
+    }
 
 
 def _proximal(strategy: Any) -> float:

@@ -1,12 +1,17 @@
-"""What a site remembers of its sessions and rounds, over all its restarts. Next to read: `site.py`."""
+"""What a site remembers of its sessions, its rounds and their end, over all its restarts. Next to read: `site.py`."""
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ml_src.core.atomic import write_json
 from ml_src.core.errors import DataError
 
+RUN = "run"  # the run folder in a kit, as of any training
+BEST = "best.pt"
+PERSONAL = "personal.pt"  # FedBN: the best weights of all with the batch normalisation that this site had beside them
+ENDED = "ended.json"  # in the run folder, written after the networks: where it is, there is nothing left to do
 MOST_SESSIONS = 1000  # whose names are remembered
 
 
@@ -61,3 +66,42 @@ class SiteState:
     def _write(self) -> None:
         kept = ("sessions", "answered", "is_measured", "shared", "summed")
         write_json(self.path, {key: getattr(self, key) for key in kept})
+
+
+@dataclass(frozen=True)
+class End:
+    """What a site was told of the end of its federation."""
+
+    num_rounds: int
+    best_round: int
+    stop: str  # why it did not go on to its last round; empty where it did
+
+    def write(self, run_dir: Path) -> None:
+        """Remember it in a run folder."""
+        write_json(run_dir / ENDED, asdict(self))
+
+    def sentence(self, run_dir: Path) -> str:
+        """Return what there is to say of it, with the networks of the run folder."""
+        number = f"{self.num_rounds} round{'s' * (self.num_rounds != 1)}"
+        early = f", stopped early: {self.stop}" if self.stop else ""
+        own = run_dir / "weights" / PERSONAL
+        also = f", that with this site's own batch normalisation {own}" if own.exists() else ""
+        return (
+            f"the federation has ended after {number} (best: round {self.best_round}{early}); "
+            f"the network is {run_dir / 'weights' / BEST}{also}"
+        )
+
+
+def read_end(run_dir: Path) -> End | None:
+    """Return how the federation of a run folder has ended, None where it has not.
+
+    Raises: DataError where the file that says so is damaged.
+    """
+    path = run_dir / ENDED
+    try:
+        stored = json.loads(path.read_bytes())
+        return End(int(stored["num_rounds"]), int(stored["best_round"]), str(stored["stop"]))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged: remove it, and start this site and the server again") from error

@@ -20,6 +20,8 @@ from ml_src.core.errors import TrainingError
 HEADER = 1024  # bytes that NumPy's format may put before the values
 MOST_TEXT = 1 << 20  # characters of the plain values of a letter, and bytes of its sealed parts
 ENVELOPE, ARRAYS, SEALED = "letter", "arrays", "sealed"
+PROGRAM = "program"  # among the values of an answer: a number that a site's program draws when it starts
+REFUSED = 1000  # of Flower's error codes, beyond its own: a refusal has this one plus the number of the program
 
 
 class WireError(TrainingError):

@@ -20,6 +20,7 @@ from ml_src.core.federated.kits import ServerKit, public_pem, read_server_kit
 from ml_src.core.federated.processes.checks import require_kit
 from ml_src.core.federated.processes.children import Child, ending, sigterm_as_interrupt
 from ml_src.core.federated.processes.hello import UnreachableError, say_hello
+from ml_src.core.federated.processes.tuning import log_to
 from ml_src.core.federated.processes.worker import named
 
 LEAD = "ml_src.core.federated.from_kits.lead"
@@ -45,6 +46,7 @@ def serve(folder: Path, lead: str = LEAD) -> None:
         children: list[Child] = []
         with ending(children):
             children.append(Child("superlink", _superlink(kit), kit.state / "superlink.log"))
+            log_to(children[0].log)
             function = named(lead)  # what it imports takes as long as the SuperLink's start
             _wait_until_up(kit, children[0])
             log.info("the server listens on %s:%d for %s", kit.listen, kit.port, ", ".join(kit.public_keys))

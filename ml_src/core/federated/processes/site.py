@@ -1,4 +1,4 @@
-"""`ml-federated site`: starts Flower's SuperNode and a worker of ours, and keeps both going until it is stopped."""
+"""`ml-federated site`: Flower's SuperNode and a worker of ours, kept going until the federation has ended."""
 
 import logging
 import secrets
@@ -7,22 +7,24 @@ import time
 from pathlib import Path
 
 from ml_src.core import atomic
-from ml_src.core.errors import TrainingError
+from ml_src.core.errors import MLError, TrainingError
 from ml_src.core.federated.kits import SiteKit, read_site_kit
 from ml_src.core.federated.processes import checks
 from ml_src.core.federated.processes.children import Child, ending, sigterm_as_interrupt
 from ml_src.core.federated.processes.hello import UnreachableError, say_hello
 from ml_src.core.federated.processes.server import logging_to, set_environment, write_private
+from ml_src.core.federated.site_state import RUN, read_end
 
 ANSWERER = "ml_src.core.federated.from_kits.answerer"
 DIARY = "rounds.log"
-FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0  # seconds between two attempts to reach the server
+FIRST_WAIT, LONGEST_WAIT = 0.5, 5.0  # seconds between two attempts to reach the server
 STEADY = 60.0  # seconds after which an end is not a failure to start
+FAREWELL = 10.0  # seconds for the answer to the word that all is over
 log = logging.getLogger("ml_src")
 
 
 def take_part(folder: Path, data_dir: Path, answerer: str = ANSWERER) -> None:
-    """Run a site until it is stopped. Without the server it waits for it, however often that ends.
+    """Run a site until its server says that the federation has ended. Without the server it waits for it.
 
     answerer: the dotted name of a function that is called with (kit's folder, data folder) and returns what answers a
     message: a function of (message, context).
@@ -30,6 +32,10 @@ def take_part(folder: Path, data_dir: Path, answerer: str = ANSWERER) -> None:
     this site; RefusedError where it is the wrong server; TrainingError where the worker ends.
     """
     kit = read_site_kit(folder)
+    run_dir = kit.folder / RUN
+    if (end := read_end(run_dir)) is not None:
+        log.info(end.sentence(run_dir))
+        return
     checks.require_kit(kit)
     with (
         atomic.only_writer(kit.state, "this kit is in use here; end that command first"),
@@ -45,19 +51,25 @@ def take_part(folder: Path, data_dir: Path, answerer: str = ANSWERER) -> None:
             worker = _worker(kit, data_dir, address, secret, answerer)
             children.append(worker)
             told = _tell(kit.state / DIARY, None)
-            while True:
-                _wait_for_server(kit, worker)
+            while _is_expected(kit, worker):
                 node = Child("supernode", _supernode(kit, address, secret), kit.state / "supernode.log")
                 children[1:] = [node]
                 log.info("site %s takes part in the federation of %s", kit.name, kit.address)
                 t0 = time.monotonic()
-                while node.running:
+                while node.running and read_end(run_dir) is None:
                     _require_running(worker)
                     told = _tell(kit.state / DIARY, told)
                     time.sleep(0.1)
+                if node.running:
+                    _see_off(kit)
+                    break
                 log.info("the connection to the server has ended, and is made anew; %s says why", node.log)
                 if time.monotonic() - t0 < STEADY:
                     time.sleep(FIRST_WAIT)
+            _tell(kit.state / DIARY, told)
+            end = read_end(run_dir)
+            assert end is not None
+            log.info(end.sentence(run_dir))
 
 
 def _tell(diary: Path, told: int | None) -> int:
@@ -72,22 +84,34 @@ def _tell(diary: Path, told: int | None) -> int:
     return diary.stat().st_size
 
 
-def _wait_for_server(kit: SiteKit, worker: Child) -> None:
-    """Return when the server is there and knows this site.
+def _see_off(kit: SiteKit) -> None:
+    """Wait until the server has ended, for then it has the answer of this site; not for ever."""
+    end = time.monotonic() + FAREWELL
+    while time.monotonic() < end:
+        try:
+            say_hello(kit)
+        except MLError:
+            return
+        time.sleep(0.2)
+
+
+def _is_expected(kit: SiteKit, worker: Child) -> bool:
+    """Wait until the server is there and knows this site; False where the federation has ended in the meantime.
 
     Raises: RefusedError and ConfigError where that will never be.
     """
     wait = 0.0
-    while True:
+    while read_end(kit.folder / RUN) is None:
         try:
             checks.require_welcome(kit, say_hello(kit, kit.name))
-            return
+            return True
         except UnreachableError as error:
             if not wait:
                 log.info("%s; trying again until it does", error)
             wait = min(2 * wait or FIRST_WAIT, LONGEST_WAIT)
             _require_running(worker)
             time.sleep(wait)
+    return False
 
 
 def _require_running(worker: Child) -> None:

@@ -9,6 +9,7 @@ from ml_src.core.errors import MLError
 from ml_src.core.federated.kits import Kit, ServerKit, SiteKit, public_pem, read_kit
 from ml_src.core.federated.processes.checks import require_welcome
 from ml_src.core.federated.processes.hello import say_hello
+from ml_src.core.federated.site_state import RUN, read_end
 
 LAST_LINES = 5
 
@@ -22,12 +23,15 @@ def status(folder: Path) -> Iterator[str]:
     running = _is_running(kit)
     if isinstance(kit, ServerKit):
         yield f"server of {kit.address}: {'running' if running else 'not running'}"
+        if (kit.folder / RUN / "metrics.json").exists():
+            yield f"the federation has ended: see {kit.folder / RUN / 'summary.txt'}"
         if running:
             yield from _sites(kit)
         yield from _last(kit.state / "server.log")
     else:
         yield f"site {kit.name}: {'running' if running else 'not running'}"
-        yield _server(kit)
+        end = read_end(kit.folder / RUN)
+        yield _server(kit) if end is None else end.sentence(kit.folder / RUN)
         yield from _last(kit.state / "site.log")
         yield from _last(kit.state / "rounds.log")
 

@@ -40,9 +40,10 @@ def main() -> None:
 
     from flwr.supernode import start_client_internal
     from flwr.supernode.cli import flower_supernode
-    from ml_src.core.federated.processes.tuning import fetch_soon, plain_log
+    from ml_src.core.federated.processes.tuning import fetch_soon, plain_log, reconnect_soon
 
     fetch_soon()
+    reconnect_soon()
     plain_log()
     start_client_internal.time = Naps()
     flower_supernode()

@@ -4,8 +4,12 @@ Both sides announce a message before its parts are there, so that the first atte
 waits a second then (`supercore/inflatable/inflatable_utils.py`), which would be most of a round.
 """
 
+import logging
+from pathlib import Path
+
 FIRST_WAIT, LONGEST_WAIT = 0.02, 0.2  # seconds between two attempts, doubled each time
 MAX_ATTEMPTS = 36000
+LONGEST_RETRY = 2  # seconds between two attempts to reach the server
 LONGEST_FETCH = 120.0  # seconds for one message; meanwhile the server takes no other answer
 
 
@@ -21,6 +25,23 @@ def fetch_soon() -> None:
     }
     for function in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
         function.__kwdefaults__ |= waits
+
+
+def reconnect_soon() -> None:
+    """Let a site look for a server that has gone at short intervals, in this process; Flower's grow to 20 s."""
+    from flwr.supercore.retry import http_retry
+
+    http_retry.MAX_RETRY_DELAY = LONGEST_RETRY
+
+
+def log_to(path: Path) -> None:
+    """Let Flower log into a file only, in this process and to its very end: threads of its outlive the rounds."""
+    import ml_src.core.federated.flower  # noqa: F401  # gives it the handler that is replaced here
+
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s: %(message)s"))
+    flower = logging.getLogger("flwr")
+    flower.handlers, flower.propagate = [handler], False
 
 
 def plain_log() -> None:
