@@ -48,7 +48,9 @@ CLIPPED = [{"type": "gradient_clipping", "max_norm": 0.05}]
 ADAM = {"optimizer": {"type": "adam", "lr": 0.002}, "training.callbacks": CLIPPED, "training.num_epochs": 3}
 
 # What differs from `config_of`; a batch size is that of one process, and several share it.
+# Those with FSDP are last: what they set up stays in their processes.
 CASES: dict[str, dict[str, Any]] = {
+    "three": {"training.batch_size": 6, "data.splits_dir": "two_validation_images"},
     "batch": {},
     "group": {"model.norm": "group", "optimizer.lr": 0.1},
     "accumulated": {"training.batch_size": 2, "training.gradient_accumulation_steps": 2, "training.callbacks": CLIPPED},
@@ -58,7 +60,6 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp1": ADAM,
     "fsdp2": ADAM,
     "fsdp1_ema": {"training.ema": 0.5},
-    "three": {"training.batch_size": 6},
 }
 
 
@@ -165,12 +166,16 @@ def divided(config: Config, version: int) -> FSDP:
     return FSDP(config, accelerator)
 
 
+def processes_of(case: str) -> int:
+    return 3 if case == "three" else 2
+
+
 def program(folder: Path, cases: Sequence[str]) -> None:
-    """Train each case together with the other processes and write down what this one has seen of it."""
+    """Train each case together with the other processes, where it is for so many; write down what this one has seen."""
     os.chdir(folder)
     torch.set_num_threads(1)
     raw = yaml.safe_load(Path("config.yaml").read_text())
-    rank, size = launch.world()
+    rank, _ = launch.world()
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 
     def together(config: Config, resume: Path | None = None, told_at: int | None = None) -> dict[str, Any]:
@@ -184,6 +189,10 @@ def program(folder: Path, cases: Sequence[str]) -> None:
         return seen
 
     for case in cases:
+        size = processes_of(case)
+        os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(size)
+        if rank >= size:
+            continue
         if case.startswith("fsdp"):
             trainers.choose_backend = lambda config, version=int(case[4]): divided(config, version)
             half = shared(raw, case, size, **{"training.num_epochs": 1})
@@ -213,16 +222,6 @@ class Seen:
         return self.folder / "runs" / f"{case}_{num_processes}_fold_0" / "weights" / "last.pt"
 
 
-def trained(folder: Path, raw: dict[str, Any], num_processes: int, cases: Sequence[str], alone: Sequence[str]) -> Seen:
-    """Train cases with several processes, and some of them with one."""
-    (folder / "config.yaml").write_text(yaml.safe_dump(raw))
-    with not_launched(), contextlib.chdir(folder):
-        assert launch.relaunch(num_processes, [__file__, str(folder), *cases], "") == 0
-        for case in alone:
-            (folder / f"{case}_alone.json").write_text(json.dumps(observed(shared(raw, case, 1))))
-    return Seen(folder, raw)
-
-
 @contextlib.contextmanager
 def not_launched() -> Iterator[None]:
     """Without what a launcher above the tests may have set."""
@@ -234,24 +233,20 @@ def not_launched() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def two(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """All cases but the last, with two processes."""
-    folder = tmp_path_factory.mktemp("two")
-    cases = [case for case in CASES if case != "three"]
-    return trained(folder, config_of(sample_dir), 2, cases, ["batch", "group", "accumulated", "adam"])
-
-
-@pytest.fixture(scope="module")
-def three(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """Three processes and two validation images."""
-    folder = tmp_path_factory.mktemp("three")
-    shutil.copytree(sample_dir / "splits", folder / "splits")
-    for kind in ("images", "masks"):
-        path = folder / "splits" / f"fold_0_val_{kind}.txt"
-        path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+def several(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """All cases with several processes, and some with one."""
+    folder = tmp_path_factory.mktemp("several")
     raw = config_of(sample_dir)
-    raw["data"]["splits_dir"] = str(folder / "splits")
-    return trained(folder, raw, 3, ["three"], ["three"])
+    (folder / "config.yaml").write_text(yaml.safe_dump(raw))
+    splits = shutil.copytree(sample_dir / "splits", folder / CASES["three"]["data.splits_dir"])
+    for kind in ("images", "masks"):
+        path = Path(splits) / f"fold_0_val_{kind}.txt"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    with not_launched(), contextlib.chdir(folder):
+        assert launch.relaunch(3, [__file__, str(folder), *CASES], "") == 0
+        for case in ("batch", "group", "accumulated", "adam", "three"):
+            (folder / f"{case}_alone.json").write_text(json.dumps(observed(shared(raw, case, 1))))
+    return Seen(folder, raw)
 
 
 def assert_same_curve(ours: Sequence[dict[str, float]], expected: Sequence[dict[str, float]]) -> None:
@@ -269,94 +264,94 @@ def assert_close_weights(ours: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["batch", "group", "accumulated"])
-def test_two_processes_train_as_one_with_the_whole_batch(case: str, two: Seen) -> None:
+def test_two_processes_train_as_one_with_the_whole_batch(case: str, several: Seen) -> None:
     """With joined batch statistics too, and although the ninth image leaves one of them an empty batch."""
-    expected = json.loads((two.folder / f"{case}_alone.json").read_text())
+    expected = json.loads((several.folder / f"{case}_alone.json").read_text())
     for rank in range(2):
-        assert_same_curve(two.of(case, rank)["curve"], expected["curve"])
-    assert_close_weights(two.last(case, 2), two.last(case, 1))
+        assert_same_curve(several.of(case, rank)["curve"], expected["curve"])
+    assert_close_weights(several.last(case, 2), several.last(case, 1))
 
 
-def test_three_processes_train_as_one_and_count_each_of_two_validation_images_once(three: Seen) -> None:
-    expected = json.loads((three.folder / "three_alone.json").read_text())
+def test_three_processes_train_as_one_and_count_each_of_two_validation_images_once(several: Seen) -> None:
+    expected = json.loads((several.folder / "three_alone.json").read_text())
     for rank in range(3):
-        seen = three.of("three", rank)
+        seen = several.of("three", rank)
         assert_same_curve(seen["curve"], expected["curve"])
         assert seen["counted"] == expected["counted"] == [2 * SIDE**2] * 2
-    assert_close_weights(three.last("three", 3), three.last("three", 1))
+    assert_close_weights(several.last("three", 3), several.last("three", 1))
 
 
-def test_each_validation_image_is_counted_once(two: Seen) -> None:
-    assert two.of("batch")["counted"] == two.of("fsdp1")["counted"] * 2 == [NUM_VAL * SIDE**2] * 2
+def test_each_validation_image_is_counted_once(several: Seen) -> None:
+    assert several.of("batch")["counted"] == several.of("fsdp1")["counted"] * 2 == [NUM_VAL * SIDE**2] * 2
 
 
-def test_gradients_travel_once_a_step_however_many_batches_it_has(two: Seen) -> None:
-    assert two.of("batch")["travels"] == two.of("accumulated")["travels"] == [1] * 6
+def test_gradients_travel_once_a_step_however_many_batches_it_has(several: Seen) -> None:
+    assert several.of("batch")["travels"] == several.of("accumulated")["travels"] == [1] * 6
 
 
-def test_the_processes_have_parted_at_the_end(two: Seen) -> None:
-    assert not any(two.of(case, rank)["open"] for case in ("batch", "stopped", "fsdp2") for rank in range(2))
+def test_the_processes_have_parted_at_the_end(several: Seen) -> None:
+    assert not any(several.of(case, rank)["open"] for case in ("batch", "stopped", "fsdp2") for rank in range(2))
 
 
-def test_all_processes_stop_at_the_same_loss_that_is_no_number(two: Seen) -> None:
-    assert two.of("nan", 0) == two.of("nan", 1)
-    assert "the loss is no finite number in epoch 1, step 2" in two.of("nan")["error"]
-    assert load_checkpoint(two.last("nan", 2))["step"] == 1
+def test_all_processes_stop_at_the_same_loss_that_is_no_number(several: Seen) -> None:
+    assert several.of("nan", 0) == several.of("nan", 1)
+    assert "the loss is no finite number in epoch 1, step 2" in several.of("nan")["error"]
+    assert load_checkpoint(several.last("nan", 2))["step"] == 1
 
 
 @pytest.fixture
-def resumable(two: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Seen:
+def resumable(several: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Seen:
     """A copy, to go on with the runs in."""
-    shutil.copytree(two.folder / "runs", tmp_path / "runs")
+    shutil.copytree(several.folder / "runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    return Seen(tmp_path, two.raw)
+    return Seen(tmp_path, several.raw)
 
 
-def test_one_process_goes_on_within_the_epoch_of_two(two: Seen, resumable: Seen) -> None:
+def test_one_process_goes_on_within_the_epoch_of_two(several: Seen, resumable: Seen) -> None:
     """Ctrl-C reached only the second of them; both stopped after step 4 of 6."""
-    assert two.of("stopped", 0)["interrupted"] and two.of("stopped", 1)["interrupted"]
+    assert several.of("stopped", 0)["interrupted"] and several.of("stopped", 1)["interrupted"]
     last = resumable.last("stopped", 2)
     assert load_checkpoint(last)["epoch_step"] == 1
-    observed(shared(two.raw, "stopped", 1, run_name="stopped_2"), last)
-    assert_close_weights(last, two.last("batch", 1))
-    metrics = [load_checkpoint(path)["metrics"] for path in (last, two.last("batch", 1))]
+    observed(shared(several.raw, "stopped", 1, run_name="stopped_2"), last)
+    assert_close_weights(last, several.last("batch", 1))
+    metrics = [load_checkpoint(path)["metrics"] for path in (last, several.last("batch", 1))]
     assert_same_curve(metrics[:1], metrics[1:])
 
 
-def test_one_process_with_other_steps_goes_on_only_between_epochs(two: Seen, resumable: Seen) -> None:
+def test_one_process_with_other_steps_goes_on_only_between_epochs(several: Seen, resumable: Seen) -> None:
     settings = {"training.batch_size": 2, "training.num_epochs": 3}
-    config = shared(two.raw, "stopped", 1, run_name="stopped_2", **settings)
+    config = shared(several.raw, "stopped", 1, run_name="stopped_2", **settings)
     assert "images a step 4, not 2" in observed(config, resumable.last("stopped", 2))["error"]
-    seen = observed(shared(two.raw, "batch", 1, run_name="batch_2", **settings), resumable.last("batch", 2))
+    seen = observed(shared(several.raw, "batch", 1, run_name="batch_2", **settings), resumable.last("batch", 2))
     assert len(seen["curve"]) == 1 and load_checkpoint(resumable.last("batch", 2))["epoch"] == 3
 
 
 @pytest.mark.parametrize("case", ["fsdp1", "fsdp2"])
-def test_divided_weights_are_trained_as_whole_ones(case: str, two: Seen) -> None:
+def test_divided_weights_are_trained_as_whole_ones(case: str, several: Seen) -> None:
     """FSDP on CPUs, with clipping; resumed after the first epoch, by two processes, and after the second, by one."""
-    expected = json.loads((two.folder / "adam_alone.json").read_text())["curve"]
+    expected = json.loads((several.folder / "adam_alone.json").read_text())["curve"]
     for rank in range(2):
-        seen = two.of(case, rank)
+        seen = several.of(case, rank)
         assert 0.4 < seen["held"] < 0.6
         assert_same_curve(seen["curve"], expected[1:2])
 
 
 @pytest.mark.parametrize("case", ["fsdp1", "fsdp2"])
-def test_the_checkpoints_of_divided_weights_are_those_of_any_trainer(case: str, two: Seen, resumable: Seen) -> None:
+def test_the_checkpoints_of_divided_weights_are_those_of_any_trainer(case: str, several: Seen, resumable: Seen) -> None:
     last = resumable.last(case, 2)
-    contents, expected = load_checkpoint(last), load_checkpoint(two.last("adam", 1))
+    contents, expected = load_checkpoint(last), load_checkpoint(several.last("adam", 1))
     assert list(contents["model_state_dict"]) == list(expected["model_state_dict"])
     assert contents["optimizer_state_dict"]["state"].keys() == expected["optimizer_state_dict"]["state"].keys()
-    assert measure_split(Request([last.with_name("best.pt")]), "val").block in two.of(case)["summary"]
+    assert measure_split(Request([last.with_name("best.pt")]), "val").block in several.of(case)["summary"]
     settings = {"run_name": f"{case}_2", "training.trainer_type": "standard"}
     assert_same_curve(
-        observed(shared(two.raw, case, 1, **settings), last)["curve"],
-        json.loads((two.folder / "adam_alone.json").read_text())["curve"][2:],
+        observed(shared(several.raw, case, 1, **settings), last)["curve"],
+        json.loads((several.folder / "adam_alone.json").read_text())["curve"][2:],
     )
 
 
-def test_an_average_of_divided_weights_is_refused(two: Seen) -> None:
-    assert two.of("fsdp1_ema", 1)["error"].startswith("training.ema does not go with FSDP")
+def test_an_average_of_divided_weights_is_refused(several: Seen) -> None:
+    assert several.of("fsdp1_ema", 1)["error"].startswith("training.ema does not go with FSDP")
 
 
 # The commands, as users type them.

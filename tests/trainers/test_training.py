@@ -75,9 +75,7 @@ def test_four_images_are_learned_by_heart(small_config: dict[str, Any], sample_d
             (splits / f"{name}_{kind}.txt").write_text("\n".join(lines) + "\n")
     small_config["data"]["splits_dir"] = str(splits)
     small_config["transforms"]["train"] = small_config["transforms"]["train"][-1:]
-    training = training_of(
-        small_config, **{"model.base_channels": 8, "training.num_epochs": 120, "optimizer.lr": 0.005}
-    )
+    training = training_of(small_config, **{"model.base_channels": 8, "training.num_epochs": 80, "optimizer.lr": 0.005})
     fit(training)
     assert training.metrics["val_iou"] > 0.95
 

@@ -10,22 +10,26 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from opacus.accountants import PRVAccountant
+from opacus.accountants import PRVAccountant, RDPAccountant
 from opacus.accountants.analysis import rdp as renyi
+from opacus.accountants.analysis.prv import Domain
 
 from ml_src.core.errors import BudgetError, ConfigError, TrainingError
 
 Accountant = Literal["prv", "rdp"]
 Unit = Literal["image", "patient", "site"]
+History = tuple[tuple[float, float, int], ...]  # noise multiplier, sample rate and steps of each mechanism
 
 # Opacus stops at 63, which triples epsilon where the noise is large
 ORDERS = [1 + x / 10 for x in range(1, 100)] + list(range(11, 64)) + [64, 80, 96, 128, 192, 256, 384, 512, 768, 1024]
+ALL_ORDERS = np.full(len(ORDERS), True)
+OPACUS_ORDERS = np.isin(ORDERS, RDPAccountant.DEFAULT_ALPHAS)
 LARGEST_PRV = 700.0  # exp(709) overflows inside Opacus: where rdp says 1451 it answers 706, without a word
 SMALLEST_DELTA = 1e-12  # below it the rounding of the Fourier transform is no longer small
 LARGEST_GRID = 2**20  # points; about one second
@@ -89,18 +93,7 @@ class Ledger:
         variables (Gopi et al. 2021) into a lower bound, an estimate and an upper bound, of which the last is taken; it
         is some 10 % lower than `rdp`, and is replaced by it beyond what it can compute.
         """
-        history = _history(self.mechanisms)
-        if not history:
-            return Bound(0.0, accountant, "")
-        if any(sigma == 0 for sigma, _, _ in history):
-            return Bound(math.inf, accountant, "")
-        with warnings.catch_warnings(), np.errstate(all="ignore"):  # of overflows on the way, which are looked for
-            warnings.simplefilter("ignore")
-            rdp = _rdp(history, delta)
-            if accountant == "rdp":
-                return Bound(rdp, "rdp", "")
-            prv, why = _prv(history, delta, rdp)
-        return Bound(prv, "prv", "") if not why else Bound(rdp, "rdp", why)
+        return _bound(_history(self.mechanisms), delta, accountant)
 
     def epsilon(self, delta: float, accountant: Accountant) -> float:
         """Return `bound`'s epsilon; where another accountant had to answer, log why, once."""
@@ -196,7 +189,6 @@ def plan(
     if noise_multiplier is None and target_epsilon is None:
         raise ConfigError("training.dp has neither noise_multiplier nor target_epsilon: give one, or both")
 
-    @cache
     def bound_at(by: Accountant, sigma: float, steps: int) -> Bound:
         return spent.plus(sigma, sample_rate, steps).bound(delta, by)
 
@@ -284,13 +276,28 @@ def _total(mechanisms: Iterable[Mechanism]) -> dict[Mechanism, int]:
     return total
 
 
-def _history(mechanisms: Iterable[Mechanism]) -> list[tuple[float, float, int]]:
+def _history(mechanisms: Iterable[Mechanism]) -> History:
     """(noise multiplier, sample rate, steps) as Opacus wants them. Composition forgets the order, and the clip norm."""
     total: dict[tuple[float, float], int] = {}
     for sigma, rate, steps, _ in mechanisms:
         if rate > 0 and steps > 0:
             total[sigma, rate] = total.get((sigma, rate), 0) + steps
-    return [(sigma, rate, steps) for (sigma, rate), steps in total.items()]
+    return tuple((sigma, rate, steps) for (sigma, rate), steps in total.items())
+
+
+@lru_cache(maxsize=256)  # an epoch asks for its epsilon several times: for the metrics, and for each file that tells it
+def _bound(history: History, delta: float, accountant: Accountant) -> Bound:
+    if not history:
+        return Bound(0.0, accountant, "")
+    if any(sigma == 0 for sigma, _, _ in history):
+        return Bound(math.inf, accountant, "")
+    with warnings.catch_warnings(), np.errstate(all="ignore"):  # of overflows on the way, which are looked for
+        warnings.simplefilter("ignore")
+        rdp = _rdp(history, delta)
+        if accountant == "rdp":
+            return Bound(rdp, "rdp", "")
+        prv, why = _prv(history, delta, rdp)
+    return Bound(prv, "prv", "") if not why else Bound(rdp, "rdp", why)
 
 
 @lru_cache(maxsize=256)
@@ -300,27 +307,41 @@ def _curve(sigma: float, rate: float) -> NDArray[np.float64]:
     return curve
 
 
-def _rdp(history: list[tuple[float, float, int]], delta: float) -> float:
-    curve = sum(steps * _curve(sigma, rate) for sigma, rate, steps in history)
-    return max(0.0, float(renyi.get_privacy_spent(orders=ORDERS, rdp=curve, delta=delta)[0]))
+def _rdp(history: History, delta: float, used: NDArray[np.bool_] = ALL_ORDERS) -> float:
+    curve = sum(steps * _curve(sigma, rate)[used] for sigma, rate, steps in history)
+    return max(0.0, float(renyi.get_privacy_spent(orders=np.array(ORDERS)[used], rdp=curve, delta=delta)[0]))
 
 
-def _prv(history: list[tuple[float, float, int]], delta: float, rdp: float) -> tuple[float, str]:
+class _PRV(PRVAccountant):  # type: ignore[misc]
+    """Opacus' accountant with the same results. It spends nearly all its time on Renyi curves that are known here."""
+
+    def _get_domain(
+        self, prvs: Sequence[Any], num_self_compositions: Sequence[int], eps_error: float, delta_error: float
+    ) -> Domain:
+        num_steps = sum(num_self_compositions)
+        whole, one = delta_error / 4, delta_error / (8 * num_steps)
+        half = max(eps_error, _largest_loss(tuple(self.history), whole, one, OPACUS_ORDERS)) + 3
+        return Domain.create_aligned(-half, half, eps_error / np.sqrt(num_steps * np.log(12 / delta_error) / 2))
+
+
+def _largest_loss(history: History, whole: float, one: float, used: NDArray[np.bool_] = ALL_ORDERS) -> float:
+    """Where a grid may end (Gopi et al. 2021, remark 5.6): epsilon of all steps at a delta, and of one at another."""
+    return max(_rdp(history, whole, used), *(_rdp(((sigma, rate, 1),), one, used) for sigma, rate, _ in history))
+
+
+def _prv(history: History, delta: float, rdp: float) -> tuple[float, str]:
     """The upper bound, and why it cannot be used. `rdp` tells beforehand how much the computation would take."""
     if delta < SMALLEST_DELTA:
         return math.nan, f"prv is not exact at a delta below {SMALLEST_DELTA:g}"
     num_steps = sum(steps for _, _, steps in history)
-    half = 3 + max(  # of the grid's length, as in Opacus
-        _rdp(history, delta / 4000),
-        *(_rdp([(sigma, rate, 1)], delta / (8000 * num_steps)) for sigma, rate, _ in history),
-    )
+    half = 3 + _largest_loss(history, delta / 4000, delta / (8000 * num_steps))  # of the grid's length, as in Opacus
     if half > LARGEST_PRV:
         return math.nan, f"prv overflows where epsilon nears {LARGEST_PRV:g}"
     points_times_error = 2 * half * math.sqrt(num_steps * math.log(12_000 / delta) / 2)
     # Mesh and slack, which is added to epsilon: 0.3 % of it, or the finest that the largest grid can hold.
     error = max(min(0.01, 0.003 * rdp), points_times_error / LARGEST_GRID)
-    accountant = PRVAccountant()
-    accountant.history = history
+    accountant = _PRV()
+    accountant.history = list(history)
     try:
         epsilon = float(accountant.get_epsilon(delta, eps_error=error)) if error < 1 else math.inf
     except (ArithmeticError, IndexError, RuntimeError, ValueError) as failure:
