@@ -150,6 +150,14 @@ def trainings(data: Path, work: Path, seed: int, rounds: int) -> dict[str, Calla
         federated(data, work, "fedbn", seed, rounds, **{"federated.personalize": "batch_norm"})
     )
     found["fedavg + dp"] = lambda: many(federated(data, work, "fedavg_dp", seed, rounds, **dp))
+    # the small sites take as many steps as the large ones, and all together as many as before
+    same = {"federated.local_epochs": None, "federated.local_steps": round(total / (rounds * len(SITES)))}
+    found["fedavg, group norm, local_steps"] = lambda: many(
+        federated(data, work, "fedavg_group_steps", seed, rounds, **group, **same)
+    )
+    found["fedbn, local_steps"] = lambda: many(
+        federated(data, work, "fedbn_steps", seed, rounds, **same, **{"federated.personalize": "batch_norm"})
+    )
     return found
 
 
