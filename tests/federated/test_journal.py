@@ -77,7 +77,58 @@ def test_where_no_site_has_measured_both_the_scores_over_all_decide(journal: Jou
     assert best(journal) == 3
 
 
+def test_one_site_alone_does_not_decide_for_all(journal: Journal) -> None:
+    enter(journal, 1, {"anna": 0.5, "berlin": 0.5, "charite": 0.5})
+    enter(journal, 2, {"anna": 0.61})
+    assert best(journal) == 1
+    enter(journal, 3, {"anna": 0.6, "berlin": 0.9, "charite": 0.9})
+    assert best(journal) == 3
+
+
+def test_a_round_that_only_one_site_has_measured_gives_way_to_one_that_all_have(journal: Journal) -> None:
+    enter(journal, 1, {"anna": 0.9})
+    enter(journal, 2, {"anna": 0.8, "berlin": 0.7, "charite": 0.7})
+    assert best(journal) == 2
+    enter(journal, 3, {"anna": math.nan, "berlin": math.nan, "charite": math.nan}, total=math.nan)
+    assert best(journal) == 2
+
+
 def test_a_class_that_a_site_does_not_have_says_nothing(journal: Journal) -> None:
     enter(journal, 1, {"anna": 0.5, "berlin": math.nan}, total=0.5)
     enter(journal, 2, {"anna": 0.6, "berlin": math.nan, "charite": 0.1}, total=0.4)
     assert best(journal) == 2
+
+
+# A kill between best.pt and last.pt.
+
+
+def restored(journal: Journal) -> Journal:
+    """What goes on from the folder of a journal that was killed."""
+    again = Journal(journal.config, journal.run_dir)
+    again.restore(load_checkpoint(journal.run_dir / "weights" / "last.pt"))
+    return again
+
+
+def test_after_a_kill_before_last_pt_the_best_round_is_that_of_best_pt(journal: Journal) -> None:
+    enter(journal, 1, {"anna": 0.7, "berlin": 0.7})
+    enter(journal, 2, {"anna": 0.75, "berlin": 0.75})  # the next round would have written last.pt
+    again = restored(journal)
+    assert (again.best, again.best_round) == (0.75, 2)
+    assert again.is_measured(2)
+    state = {"model_state_dict": {}}
+    scores = {site: {"iou": iou, "dice": iou, "loss": 1 - iou} for site, iou in {"anna": 0.75, "charite": 0.1}.items()}
+    again.measured(2, {"iou": 0.4, "dice": 0.4, "loss": 0.6}, scores, state)  # other sites are there now
+    assert best(again) == 2
+    enter(again, 3, {"anna": 0.8, "charite": 0.2})
+    assert best(again) == 3
+
+
+def test_a_best_pt_of_a_round_that_is_done_again_is_replaced(journal: Journal) -> None:
+    enter(journal, 1, {"anna": 0.7})
+    enter(journal, 2, {"anna": 0.6})
+    before = (journal.run_dir / "weights" / "last.pt").read_bytes()
+    enter(journal, 3, {"anna": 0.9})
+    (journal.run_dir / "weights" / "last.pt").write_bytes(before)  # as where the newest one is damaged
+    again = restored(journal)
+    enter(again, 3, {"anna": 0.5})
+    assert best(again) == 3

@@ -16,7 +16,7 @@ import torch
 
 from ml_src.core.atomic import write_json
 from ml_src.core.callbacks import StopEarly
-from ml_src.core.checkpoint import previous_of, save_checkpoint
+from ml_src.core.checkpoint import load_checkpoint, previous_of, save_checkpoint
 from ml_src.core.config import Config, EarlyStopping, ModelCheckpoint
 from ml_src.core.config_file import plain
 from ml_src.core.errors import CheckpointError
@@ -54,10 +54,24 @@ class Journal:
         self._settle()
         self.rounds, self.troubles = list(own["rounds"]), list(own["troubles"])
         self.best, self.best_round = own["best"], own["best_round"]
+        self._go_by_best()
         if self.early is not None:
             self.early.load_state_dict(own["early_stopping"])
             self.stop = self.early.reason
         self.seconds_before = float(contents["seconds"])
+
+    def _go_by_best(self) -> None:
+        """Let best.pt say which round it is of: it is written before last.pt, and a kill may have come between."""
+        path = self._path("best.pt")
+        found = load_checkpoint(path) if path.exists() else None
+        if found is None or found["epoch"] == self.best_round:
+            return
+        if found["epoch"] > len(self.rounds):  # of a round that is done again
+            self.best, self.best_round = None, 0
+            return
+        own = found["backend_state_dict"]["journal"]
+        self.best, self.best_round = own["best"], own["best_round"]
+        self.rounds[self.best_round - 1] = own["rounds"][self.best_round - 1]  # with its scores
 
     def begin(self, fingerprint: Fingerprint) -> None:
         """Take the statistics of all sites, once and for all."""
@@ -126,17 +140,22 @@ class Journal:
     def _is_better(self, number: int, value: float) -> bool:
         """Whether a round is better than the best one; where other sites measured that, by those that measured both.
 
-        Else a round would be the best because a site with hard images was away. Under secure aggregation, where no
-        site has scores of its own, there is nothing but the values over all.
+        Else a round would be the best because a site with hard images was away. Where too few measured both, the one
+        that more have measured is the better. Under secure aggregation, where no site has scores of its own, there is
+        nothing but the values over all.
         """
         best = self.best
-        if best is not None:
-            now, then = (self.rounds[one - 1]["metrics_of_sites"] for one in (number, self.best_round))
-            name = f"val_{self.checkpoints.monitor.removeprefix('val_')}"
-            both = [site for site in sorted(now.keys() & then.keys()) if then[site][name] is not None]
-            if both and now.keys() != then.keys():
-                value = _mean([now[site][name] for site in both])
-                best = _mean([then[site][name] for site in both])
+        if best is None or number == self.best_round:  # measured again, after a kill
+            return number == self.best_round or self.checkpoints.is_better(value, None)
+        now, then = (self.rounds[one - 1]["metrics_of_sites"] for one in (number, self.best_round))
+        both, either = sorted(now.keys() & then.keys()), now.keys() | then.keys()
+        if 2 * len(both) < len(either) and len(now) != len(then):
+            return len(now) > len(then) and not math.isnan(value)
+        name = f"val_{self.checkpoints.monitor.removeprefix('val_')}"
+        known = [site for site in both if then[site][name] is not None]
+        if known and now.keys() != then.keys():
+            value = _mean([now[site][name] for site in known])
+            best = _mean([then[site][name] for site in known])
         return self.checkpoints.is_better(value, best)
 
     def skip(self, number: int, state: dict[str, Any]) -> None:
@@ -200,6 +219,7 @@ class Journal:
             "troubles": self.troubles,
             "best": self.best,
             "best_round": self.best_round,
+            "stop": self.stop,
             "early_stopping": {} if self.early is None else self.early.state_dict(),
         }
         return {

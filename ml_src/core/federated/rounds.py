@@ -292,6 +292,10 @@ class Federation:
         }
         if self.privacy is not None:
             entry["epsilon"] = self.privacy.epsilon()
+        if (wrong := bears(self.federated.strategy, len(found.updates))) is not None:
+            entry["num_malicious"] = wrong
+            if wrong < (bears(self.federated.strategy, self.num_chosen) or 0):
+                log.warning("round %d: of its %d updates, only %d may be anything", number, len(found.updates), wrong)
         self.journal.commit(entry, self._state())
 
     def _write_privacy(self, found: "Found") -> None:
