@@ -14,6 +14,7 @@ from ml_src.core.checking.grouping import printable
 from ml_src.core.checking.output_folder import digest_of
 from ml_src.core.deployment.benchmark import END_TO_END, NETWORK
 from ml_src.core.deployment.facts import Privacy, Scores
+from ml_src.core.deployment.federation import Federation
 from ml_src.core.deployment.programs import python_lines
 from ml_src.core.export.metadata import Metadata
 from ml_src.core.export.openvino_file import weights_of
@@ -83,6 +84,7 @@ def card_of(
         _ends(metadata, kind, input_size),
         _classes(metadata),
         _steps(metadata),
+        _federation(metadata),
         _scores(metadata),
         _privacy(metadata),
         _validation(validation),
@@ -215,6 +217,96 @@ def _steps(metadata: Metadata) -> list[str]:
     ]
 
 
+# Who trained it together
+
+
+def _federations(metadata: Metadata) -> list[Federation]:
+    """Those of the members that were trained by one."""
+    return [Federation.model_validate(one["federation"]) for one in metadata.checkpoints if "federation" in one]
+
+
+def _federation(metadata: Metadata) -> list[str]:
+    lines = []
+    for one in metadata.checkpoints:
+        if "federation" in one:
+            of = f" of {_text(one['name'])}" if len(metadata.checkpoints) > 1 else ""
+            lines += ["", f"## Federation{of}", "", *_of_federation(Federation.model_validate(one["federation"]))]
+    return lines[1:]
+
+
+def _of_federation(one: Federation) -> list[str]:
+    images = "" if one.num_images is None else f", with {one.num_images} training images in all"
+    lines = [f"It was trained by a federation of {_number_of_sites(one)}{images}."]
+    if one.site is not None:
+        kinds = {
+            "global": f"The network of all sites, as the site {_text(one.site)} was given it.",
+            "personal": f"The network of all sites, with the batch normalisation of the site {_text(one.site)}.",
+            "local": f"The network of the site {_text(one.site)} after its own part of a round, before it became one "
+            "with those of others.",
+        }
+        lines.append(kinds[one.network])
+    if one.sites:
+        lines += ["", *_sites(one)]
+    elif one.num_sites != 1:
+        lines.append("The names of its sites are not all known here.")
+    return [*lines, "", *(f"- {line}" for line in _ways(one))]
+
+
+def _sites(one: Federation) -> list[str]:
+    """The table of the sites, with the columns of which something is known."""
+    columns: dict[str, dict[str, int | str | None]] = {
+        "training images": {name: share.num_images for name, share in one.sites.items()},
+        "rounds with its update": {name: share.num_rounds for name, share in one.sites.items()},
+        "epsilon spent": {
+            name: None if share.epsilon is None else f"{share.epsilon:.4g}" for name, share in one.sites.items()
+        },
+    }
+    known = {head: values for head, values in columns.items() if any(value is not None for value in values.values())}
+    rows = [
+        [_text(name), *("not known" if values[name] is None else str(values[name]) for values in known.values())]
+        for name in one.sites
+    ]
+    return _table(["site", *known], rows)
+
+
+def _ways(one: Federation) -> list[str]:
+    """Rounds, strategy and what protects the sites, a sentence each."""
+    if one.config is None:
+        return ["Its rounds, its strategy and what protected the sites are not known here."]
+    config = one.config
+    ended = "" if one.num_rounds is None else f"; the federation ended after {one.num_rounds}"
+    options = ", ".join(f"{key} {value}" for key, value in config.strategy.model_dump(exclude={"type"}).items())
+    at_sites = "on, each site with a budget of its own" if config.backend == "dp" else "off"
+    central = "off"
+    if config.central_dp is not None:
+        noise = config.central_dp
+        central = (
+            f"on, noise multiplier {noise.noise_multiplier:g}, clip norm {noise.clip_norm:g}; the unit is one site"
+        )
+        if one.site is not None:
+            central += "; the server knows what epsilon came to"
+    lines = [
+        f"Round: {one.round} of {config.rounds} that were planned{ended}.",
+        f"Strategy: {config.strategy.type}{f' ({options})' if options else ''}.",
+        f"Secure aggregation: {'on, the server saw sums over sites only' if config.secure_aggregation else 'off'}.",
+        f"Differential privacy at the sites: {at_sites}.",
+        f"Differential privacy at the server: {central}.",
+    ]
+    if config.personalize == "batch_norm":
+        lines.append("Each site trained with a batch normalisation of its own (FedBN).")
+    return [_text(line) for line in lines]
+
+
+def _trained(one: Federation) -> str:
+    """What a federation is called in the limits."""
+    names = f" ({_text(', '.join(one.sites))})" if one.sites else ""
+    return f"by a federation of {_number_of_sites(one)}{names}"
+
+
+def _number_of_sites(one: Federation) -> str:
+    return f"{'several' if one.num_sites is None else one.num_sites} site{'s' * (one.num_sites != 1)}"
+
+
 # How good it is
 
 
@@ -222,12 +314,18 @@ def _scores(metadata: Metadata) -> list[str]:
     lines = ["## Scores", ""]
     found = {split: Scores.model_validate(metadata.metrics[split]) for split in SPLITS if split in metadata.metrics}
     if not found:
+        if any(one.config is not None and one.config.personalize != "none" for one in _federations(metadata)):
+            return [
+                *lines,
+                "Not known: the federation measured the network of each site, with its own batch normalisation.",
+            ]
         return [*lines, "Not known: nothing beside the checkpoint says how good it is."]
     lines.append("Of the checkpoint, on images that took no part in the training, at their own size.")
     for split, scores in found.items():
         lines += ["", *_scores_of(SPLITS[split], scores, metadata)]
     if "val" in found:
-        lines += ["", "The validation images chose the epoch, which flatters their scores."]
+        chosen = "round" if _federations(metadata) else "epoch"
+        lines += ["", f"The validation images chose the {chosen}, which flatters their scores."]
     return lines
 
 
@@ -257,7 +355,12 @@ def _scores_of(split: str, scores: Scores, metadata: Metadata) -> list[str]:
             shown = "ignored" if index == metadata.ignore_index else "not present" if value is None else f"{value:.4f}"
             rows.append([f"IoU of {index} ({_text(name)})", shown, _interval(between)])
     how = "" if scores.precision is None else f", computed in {_text(', '.join(sorted(set(scores.precision))))}"
-    lines = [f"{scores.num_images} {split} images{how}; {_applied(scores, metadata)}:", ""]
+    images = (
+        f"{split} images of the sites that measured it"
+        if scores.num_images is None
+        else f"{scores.num_images} {split} images"
+    )
+    lines = [f"{images[0].upper()}{images[1:]}{how}; {_applied(scores, metadata)}:", ""]
     lines += _table([split, "value", "95 % interval"], rows)
     if intervals is None:
         return [*lines, "", "Intervals are not known."]
@@ -289,6 +392,11 @@ def _privacy(metadata: Metadata) -> list[str]:
             f"epsilon {ledger.epsilon:.4g} at delta {ledger.delta:g}; the unit of privacy is one {_text(ledger.unit)} "
             f"of the training set; accountant {_text(ledger.accountant)}."
         )
+    lines += [
+        f"It covers the images of {_text(one.site)} alone; what the other sites have spent is known to them."
+        for one in _federations(metadata)
+        if one.site is not None
+    ]
     rows = [
         [f"{one.noise_multiplier:.4g}", f"{one.sample_rate:.4g}", str(one.steps), f"{one.max_grad_norm:g}"]
         for one in ledger.mechanisms
@@ -385,10 +493,12 @@ def _origin(metadata: Metadata) -> list[str]:
 def _limits(metadata: Metadata, validation: Mapping[str, Any] | None, kind: str) -> list[str]:
     data = metadata.config.get("data", {})
     name = data.get("dataset_name") or Path(str(data.get("data_dir", ""))).name
+    trained = [_trained(one) for one in _federations(metadata)]
+    if len(trained) < len(metadata.checkpoints):
+        trained.insert(0, "on " + (_text(name) if name and not trained else "data that have no name here"))
     lines = [
-        "It was trained on "
-        + (f"{_text(name)}" if name else "data that have no name here")
-        + ". Nothing is known of images from elsewhere: other devices, sites, colours or resolutions were not tested.",
+        f"It was trained {'; '.join(dict.fromkeys(trained))}. Nothing is known of images from elsewhere: other "
+        "devices, sites, colours or resolutions were not tested.",
         "Every pixel gets one of the classes, also where the image shows none of them.",
         "Probabilities are not calibrated: 0.9 does not mean right nine times of ten.",
     ]

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ml_src.core.checking.output_folder import digest_of
+from ml_src.core.deployment.federation import Federation
 
 SPLITS = ("val", "test")
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -55,7 +56,8 @@ class Intervals(_Facts):
 class Scores(_Facts):
     """Scores over the images of a split, at their own size; per class, None for one that is not present."""
 
-    num_images: Count
+    num_images: Count | None
+    """None where only the sums of a federation's sites are known."""
     iou: Share | None
     dice: Share | None
     pixel_accuracy: Share | None
@@ -101,7 +103,9 @@ class Facts(NamedTuple):
     problems: list[str]
 
 
-def collected(home: Path, checkpoints: Sequence[Path], weights: Sequence[float]) -> Facts:
+def collected(
+    home: Path, checkpoints: Sequence[Path], weights: Sequence[float], federations: Sequence[Federation | None] = ()
+) -> Facts:
     """Read what is known of members.
 
     Scores are those of `ml-inference` in `<home>/inference/<split>`, if it measured these files with these weights and
@@ -111,12 +115,14 @@ def collected(home: Path, checkpoints: Sequence[Path], weights: Sequence[float])
         home: the run folder of a member; of several, the folder of the ensemble (`jobs.home_of`).
         checkpoints: the members' files.
         weights: their shares in the mean.
+        federations: of each member that which trained it; empty where none did.
     """
+    federations = federations or [None] * len(checkpoints)
     problems: list[str] = []
     digests = [digest_of(path) for path in checkpoints]
     summary: dict[str, Any] = {}
     if [path.resolve() for path in checkpoints] == [(home / "weights" / "best.pt").resolve()]:
-        summary = _read(home / "metrics.json", MAPPING.validate_python, problems) or {}
+        summary = _summary(_read(home / "metrics.json", MAPPING.validate_python, problems) or {}, federations[0])
     metrics = {}
     for split in SPLITS:
         path = home / "inference" / split / "metrics.json"
@@ -129,7 +135,8 @@ def collected(home: Path, checkpoints: Sequence[Path], weights: Sequence[float])
         scores = None if raw is None else _parsed(path, Scores.model_validate, raw, problems)
         if scores is not None:
             metrics[split] = scores.model_dump(mode="json")
-    privacy = _composed([_ledger(path, problems) for path in checkpoints], problems)
+    ledgers = [_ledger(path, federation, problems) for path, federation in zip(checkpoints, federations, strict=True)]
+    privacy = _composed(ledgers, problems)
     return Facts(metrics, None if privacy is None else privacy.model_dump(mode="json"), problems)
 
 
@@ -142,7 +149,28 @@ def _is_of(measured: dict[str, Any], digests: Sequence[str], weights: Sequence[f
     return how.get("weights") == shares and how.get("ensemble") != "hard_voting"
 
 
-def _ledger(checkpoint: Path, problems: list[str]) -> Privacy | None:
+def _summary(contents: dict[str, Any], federation: Federation | None) -> dict[str, Any]:
+    """The scores at the end of training, by split; of a server's, which has them by site, those of all sites.
+
+    Where each site keeps its own batch normalisation, they are of the sites' networks, and so not of this one.
+    """
+    if federation is None:
+        return contents
+    if federation.config is None or federation.config.personalize != "none":
+        return {}
+    scores = {split: contents[split] for split in SPLITS if isinstance(contents.get(split), dict)}
+    return {
+        split: {"num_images": None, **one["all"]} if isinstance(one.get("all"), dict) else one
+        for split, one in scores.items()
+    }
+
+
+def _ledger(checkpoint: Path, federation: Federation | None, problems: list[str]) -> Privacy | None:
+    """The ledger of a run; a server that adds no noise of its own has none, but keeps the sites' in its file."""
+    if federation is not None and federation.site is None:
+        config = federation.config
+        if config is None or config.central_dp is None:
+            return None
     folder = checkpoint.parent
     home = folder.parent if folder.name == "weights" else folder
     return _read(home / "privacy.json", Privacy.model_validate, problems)

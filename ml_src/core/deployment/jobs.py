@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 
 from ml_src.core.allocator import keep_freed_memory
 from ml_src.core.atomic import only_writer, write_json, write_text
+from ml_src.core.checkpoint import load_checkpoint
 from ml_src.core.config_file import plain
 from ml_src.core.data.files import Pair, image_info
 from ml_src.core.deployment.card import is_card_of, model_card
 from ml_src.core.deployment.contestants import Entry, benchmark_members, exported_entry, torch_entries
 from ml_src.core.deployment.evaluation import compare_on, compare_on_random
 from ml_src.core.deployment.facts import collected
+from ml_src.core.deployment.federation import federation_of
 from ml_src.core.deployment.formats import SUFFIXES, Format, open_written, write
 from ml_src.core.deployment.parity import Parity
 from ml_src.core.errors import ConfigError, DataError
@@ -195,8 +197,11 @@ def _metadata(request: Request, members: Sequence[TorchMember]) -> Metadata:
     chains = [member.config.inference.postprocess if member.chain is None else member.chain for member in members]
     if any(chain != chains[0] for chain in chains):
         raise ConfigError("the checkpoints have different chains of post-processing: tune them together with --cv")
-    facts = collected(home_of(members), [member.path for member in members], [member.weight for member in members])
-    for problem in facts.problems:
+    problems: list[str] = []
+    paths = [member.path for member in members]
+    federations = [federation_of(path, load_checkpoint(path), problems) for path in paths]
+    facts = collected(home_of(members), paths, [member.weight for member in members], federations)
+    for problem in problems + facts.problems:
         log.warning("%s", problem)
     return Metadata(
         class_names=config.class_names,
@@ -220,8 +225,9 @@ def _metadata(request: Request, members: Sequence[TorchMember]) -> Metadata:
                 "sha256": _sha256(member.path),
                 "weight": member.weight,
                 "fold": member.config.data.fold,
+                **({} if federation is None else {"federation": federation.model_dump(mode="json")}),
             }
-            for member in members
+            for member, federation in zip(members, federations, strict=True)
         ],
         encoder_licence=None,
         precision=request.precision,
