@@ -178,3 +178,7 @@ class FederatedConfig(Section):
     def quorum(self) -> int:
         """`min_sites`, or its default."""
         return self.min_sites or (1 if self.num_sites == 1 or (self.sites and len(self.sites) == 1) else 2)
+
+    def num_chosen(self, num_sites: int) -> int:
+        """Return how many of so many sites train in a round."""
+        return min(max(round(self.fraction * num_sites), self.quorum), num_sites)

@@ -4,12 +4,15 @@ import stat
 import subprocess
 
 import pytest
+import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from known_federation import CONFIG
 
+from ml_src.cli import federated as command
 from ml_src.core.errors import ConfigError, DataError
+from ml_src.core.federated.facts import sections_of
 from ml_src.core.federated.kits import (
     VALIDITY,
     parse_address,
@@ -37,7 +40,90 @@ def test_every_kit_holds_what_its_command_needs(kits):
     assert {path.name for path in (kits / "server").iterdir()} == common | {"server.yaml", "server.pem", "server.key"}
     for site in SITES:
         assert {path.name for path in (kits / site).iterdir()} == common | {"site.yaml", "node.key"}
-        assert (kits / site / "config.yaml").read_text() == CONFIG
+        assert (kits / site / "config.yaml").read_bytes() == (kits / "server" / "config.yaml").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "data, simulated",
+    [
+        ("{num_classes: 2, fold: 1}", ""),
+        ("{data_dir: /home/eve/nuclei, num_classes: 2, splits_dir: /home/eve/splits, fold: 1}", ""),
+        ("{num_classes: 2, fold: 1}", "sites: [/home/eve/a, /home/eve/b], "),
+    ],
+)
+def test_no_folder_of_who_makes_kits_is_in_them_and_all_else_is(tmp_path, data, simulated):
+    (tmp_path / "config.yaml").write_text(
+        f"# of /home/eve\nplugins: [own.py]\ndata: {data}\ntraining: {{trainer_type: federated}}\n"
+        f"federated: {{{simulated}rounds: 2}}\n"
+    )
+    write_kits(tmp_path / "config.yaml", SITES, "host:1", tmp_path / "kits")
+    for name in ("server", *SITES):
+        text = (tmp_path / "kits" / name / "config.yaml").read_text()
+        assert "eve" not in text
+        assert yaml.safe_load(text) == {
+            "plugins": ["own.py"],
+            "data": {"data_dir": "data", "num_classes": 2, "fold": 1},
+            "training": {"trainer_type": "federated"},
+            "federated": {"rounds": 2},
+        }
+    kit = read_site_kit(tmp_path / "kits" / "hospital_a")
+    assert kit.config(tmp_path / "own").splits_dir == tmp_path / "own" / "splits"
+
+
+def test_a_kit_knows_the_configuration_that_it_was_made_with(kits):
+    kit = read_site_kit(kits / "hospital_a")
+    assert kit.sections == sections_of(kit.config())
+
+
+def test_the_readme_of_a_site_is_a_few_lines_and_says_how_it_ends(kits):
+    readme = (kits / "hospital_a" / "README.txt").read_text()
+    assert "ends by itself" in readme
+    assert "run/weights/best.pt" in readme
+    assert len(readme.splitlines()) <= 6
+    assert all(len(line) <= 120 for line in readme.splitlines())
+
+
+@pytest.mark.parametrize(
+    "strategy, sites, remedy",
+    [
+        ("{type: krum, num_malicious: 2}", 3, "needs 7 sites in a round, and there are 3: lower num_malicious, or "),
+        ("{type: krum, num_malicious: 2}", 2, "needs 7 sites in a round, and there are 2: "),
+        ("{type: krum}", 2, "needs 3 sites in a round, and there are 2: "),
+        (
+            "{type: multikrum, num_malicious: 1}",
+            4,
+            "needs 5 sites in a round, and there are 4: lower num_malicious, or ",
+        ),
+        ("{type: multikrum, num_selected: 4}", 3, "needs 4 sites in a round, and there are 3: lower num_selected, or "),
+        ("{type: bulyan, num_malicious: 1}", 6, "needs 7 sites in a round, and there are 6: lower num_malicious, or "),
+        ("{type: fedtrimmedavg}", 3, "needs 5 sites in a round, and there are 3: raise beta, or "),
+        ("{type: fedtrimmedavg}", 2, "needs 5 sites in a round, and there are 2: "),
+        ("{type: fedmedian}", 2, "needs 3 sites in a round, and there are 2: "),
+    ],
+)
+def test_a_strategy_that_needs_more_sites_says_what_helps_with_these(tmp_path, strategy, sites, remedy):
+    (tmp_path / "config.yaml").write_text(CONFIG.replace("rounds: 2", f"strategy: {strategy}"))
+    with pytest.raises(ConfigError) as raised:
+        write_kits(tmp_path / "config.yaml", [f"s{index}" for index in range(sites)], "host:1", tmp_path / "kits")
+    kind = yaml.safe_load(strategy)["type"]
+    assert str(raised.value) == f"federated.strategy {kind} {remedy}choose another one"
+
+
+@pytest.mark.parametrize(
+    "strategy, said",
+    [
+        ("krum", "krum: with 3 sites none may be wrong; 5 are needed to bear one"),
+        ("bulyan", "bulyan: with 3 sites none may be wrong; 7 are needed to bear one"),
+        ("{type: multikrum, num_selected: 3}", "multikrum: with 3 sites none may be wrong; 5 are needed to bear one"),
+        ("{type: krum, num_malicious: 0}", None),
+        ("fedmedian", None),
+    ],
+)
+def test_init_says_where_the_krum_family_can_bear_no_wrong_site(tmp_path, caplog, strategy, said):
+    (tmp_path / "config.yaml").write_text(CONFIG.replace("rounds: 2", f"strategy: {strategy}"))
+    words = ["--address", "host:1", "--output", str(tmp_path / "kits"), "--sites", "a", "b", "c"]
+    assert command.main(["init", "--config", str(tmp_path / "config.yaml"), *words]) == 0
+    assert caplog.messages == ([said] if said else [])
 
 
 def test_private_keys_are_for_their_owner_only_and_no_two_kits_share_one(kits):
@@ -157,6 +243,11 @@ def test_a_training_that_is_not_federated_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("data: {data_dir: DATA, num_classes: 2}\n")
     with pytest.raises(ConfigError, match="trainer_type"):
         write_kits(tmp_path / "config.yaml", SITES, "host:1", tmp_path / "kits")
+
+
+def test_a_folder_that_does_not_exist_is_said_not_to(tmp_path, capsys):
+    assert command.main(["status", str(tmp_path / "hospitl_a")]) == 2
+    assert f"{tmp_path / 'hospitl_a'} does not exist: give a folder" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_kit_is_named(tmp_path):

@@ -88,6 +88,27 @@ def test_what_is_not_due_is_refused_and_changes_nothing(site: Site) -> None:
         assert same(in_memory(site), memory), letter
 
 
+def test_who_runs_a_site_is_told_its_own_numbers_and_why_it_takes_no_part(configure: Configure, tmp_path: Path) -> None:
+    site, notes = opened(configure(), tmp_path), []
+    site.note = notes.append
+    weights = first_weights(site)
+    trained = site.answer(Letter("train", "now", 1, weights))
+    seen = site.answer(Letter("evaluate", "now", 2, weights))
+    site.answer(Letter("out", "now", 2, values={"why": "has another\nconfig.yaml" + "!" * 1000}))
+    assert notes[:2] == [
+        f"round 1/2: {trained.values['num_steps']} steps, train_loss {trained.values['train_loss']:.4f}",
+        f"round 1/2: val_loss {seen.values['val_loss']:.4f}, {notes[1].split(', ')[1]}",
+    ]
+    counts = seen.arrays["counts"].reshape(3, 3)
+    union = counts.sum(0) + counts.sum(1) - np.diag(counts)
+    iou = (np.diag(counts)[union > 0] / union[union > 0]).mean()
+    assert notes[1].endswith(f"val_iou {iou:.4f} on the validation images of this site")
+    assert notes[2].startswith("this site takes no part, says the server: has another config.yaml!!!")
+    assert len(notes[2]) < 600 and "\n" not in notes[2] and len(notes) == 3
+    with pytest.raises(WireError, match="not under way"):
+        site.answer(Letter("out", "old", 2))
+
+
 def test_a_message_of_a_former_session_stays_refused_after_a_restart(site: Site) -> None:
     weights = first_weights(site)
     site.answer(Letter("train", "now", 1, weights))

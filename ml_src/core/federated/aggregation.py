@@ -54,6 +54,11 @@ OPTIONS = {"num_malicious": "num_malicious_nodes", "num_selected": "num_nodes_to
 # mean do not subtract: given weights, one update or the middle one comes back to the bit.
 BY_CHANGE = ("fedavgm", "fedadam", "fedyogi", "fedadagrad", "krum", "multikrum", "bulyan")
 STATE = ("momentum_vector", "m_t", "v_t")  # what Flower's classes keep from round to round
+REMEDIES: dict[str, tuple[str, float]] = {  # option -> what to do with it, and the value that needs the fewest sites
+    "num_malicious": ("lower", 0),
+    "num_selected": ("lower", 1),
+    "beta": ("raise", 0.499),  # it is less than 0.5
+}
 OUTLIER = 10.0  # times the median norm of a round
 ENOUGH = 3  # updates that a median can judge
 
@@ -173,6 +178,23 @@ def least_sites(config: FederatedConfig) -> int:
             return 4 * (wrong or 0) + 3  # El Mhamdi et al. 2018, section 4
         case _:
             return 1
+
+
+def too_few(config: FederatedConfig, num_sites: int) -> str:
+    """Return what to do where so many sites in a round are fewer than the strategy needs, in a sentence; else ""."""
+    least = least_sites(config)
+    if num_sites >= least:
+        return ""
+    ways = []
+    for option, (verb, easiest) in REMEDIES.items():
+        if hasattr(config.strategy, option):
+            strategy = config.strategy.model_copy(update={option: easiest})
+            if least_sites(config.model_copy(update={"strategy": strategy})) <= num_sites:
+                ways.append(f"{verb} {option}, ")
+    return (
+        f"federated.strategy {config.strategy.type} needs {least} sites in a round, and there are {num_sites}: "
+        f"{''.join(ways)}{'or ' if ways else ''}choose another one"
+    )
 
 
 def bears(strategy: Strategy, num_updates: int) -> int | None:

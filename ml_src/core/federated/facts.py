@@ -30,6 +30,7 @@ LOCAL = (  # what each side may choose for itself
     ("training", "num_workers"),
     ("training", "pin_memory"),
     ("federated", "rounds"),
+    ("federated", "num_sites"),  # of the kits, of which one may be taken out
     ("federated", "min_sites"),
     ("federated", "round_timeout"),
 )

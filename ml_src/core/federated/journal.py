@@ -127,10 +127,15 @@ class Journal:
         }
         self._curves_of_scores(number, total, sites)
         value = total[self.checkpoints.monitor.removeprefix("val_")]
-        log.info("round %d/%d: val_loss %.4f, val_iou %.4f", number, self._num_rounds, total["loss"], total["iou"])
+        over = f" over {len(sites)} sites" if sites else ""  # which secure aggregation does not tell
+        log.info(
+            "round %d/%d: val_loss %.4f, val_iou %.4f%s", number, self._num_rounds, total["loss"], total["iou"], over
+        )
         if self._is_better(number, value) or not self._path("best.pt").exists():
             self.best, self.best_round = None if math.isnan(value) else value, number
             save_checkpoint(self._path("best.pt"), self._contents(number, state))
+        elif self.checkpoints.is_better(value, self.best):
+            log.info("round %d stays the best one, by the sites that measured both", self.best_round)
         if self.early is not None:
             self.early.heed(total[self.early.section.monitor.removeprefix("val_")])
             self.stop = self.early.reason

@@ -6,6 +6,8 @@ Next to read: `processes/`, which start from these folders.
 
 import datetime
 import ipaddress
+import itertools
+import logging
 import re
 import secrets
 import shutil
@@ -23,12 +25,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ml_src.core.config import Config
-from ml_src.core.config_file import load_config, read_yaml
+from ml_src.core.config_file import load_config, parse_config, read_yaml
 from ml_src.core.errors import ConfigError, DataError
+from ml_src.core.federated_specs import Strategy
 
 VALIDITY = datetime.timedelta(days=730)
 BACKDATED = datetime.timedelta(hours=1)  # clocks of sites may be slow
 MAX_REQUEST_MB = 32  # Flower cuts arrays into pieces of 5 MiB, so no honest request comes near
+DATA_DIR = "data"  # stands in the kits for what each site gives by --data_dir
+log = logging.getLogger("ml_src")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}")
 _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
@@ -45,7 +50,8 @@ Port {port} must be reachable from the sites. Certificates and keys hold until {
 This folder is the site {name} of a federation. Nobody else may read it: node.key is the site's identity.
 Read config.yaml: it says what is trained here, and nothing that the server sends can change it. Images stay here.
 First `ml-federated site . --data_dir DATA --check`: it tests data, keys, clock and network, and trains nothing.
-Then `ml-federated site . --data_dir DATA` takes part until it is stopped; it waits for the server at {address}.
+Then `ml-federated site . --data_dir DATA` takes part; it waits for the server at {address}.
+When the federation is over it ends by itself, and the network is in run/weights/best.pt.
 `ml-federated status .` says what it has done; logs are in state/. Keys hold until {until}; then ask for a new kit.
 """,
 }
@@ -80,10 +86,7 @@ class Kit:
 
         Raises: ConfigError with every mistake in config.yaml.
         """
-        overrides: dict[str, Any] = {
-            "federated.sites": None,
-            "federated.num_sites": len(self.public_keys),
-        }  # not those of a simulation
+        overrides = _real_sites(len(self.public_keys))
         if data_dir is not None:
             overrides |= {"data.data_dir": str(data_dir), "data.splits_dir": None}
         for path in (self.folder / "config.yaml", self.ca):
@@ -125,6 +128,8 @@ class SiteKit(Kit):
     """The kit of a site."""
 
     name: str
+    sections: dict[str, str]
+    """Digests of the configuration as it was made, see `facts.sections_of`; empty in kits that are older than this."""
 
     @property
     def key(self) -> Path:
@@ -171,6 +176,7 @@ def read_site_kit(folder: Path) -> SiteKit:
         federation=str(_entry(raw, "federation", folder / "site.yaml")),
         **_host_and_port(raw, folder / "site.yaml"),
         name=str(_entry(raw, "name", folder / "site.yaml")),
+        sections=dict(raw.get("sections", {})),
     )
 
 
@@ -216,29 +222,50 @@ def write_kits(config_path: Path, sites: Sequence[str], address: str, output: Pa
     """
     host, port = parse_address(address)
     _require_names(sites)
-    if load_config(config_path).training.trainer_type != "federated":
+    if load_config(config_path, {"data.data_dir": DATA_DIR}).training.trainer_type != "federated":
         raise ConfigError(f"{config_path} has another trainer_type: set training.trainer_type to federated")
-    federated = load_config(config_path, {"federated.sites": None, "federated.num_sites": len(sites)}).federated
-    assert federated is not None
-    from ml_src.core.federated.aggregation import least_sites  # takes seconds to import
+    raw = _without_local_folders(read_yaml(config_path))
+    config = parse_config(raw, _real_sites(len(sites)), source=str(config_path))
+    assert config.federated is not None
+    from ml_src.core.federated.aggregation import too_few  # takes seconds to import
+    from ml_src.core.federated.facts import sections_of
 
-    if len(sites) < least_sites(federated):
-        raise ConfigError(
-            f"federated.strategy {federated.strategy.type} needs {least_sites(federated)} sites in a round, "
-            f"and there are {len(sites)}: choose another one"
-        )
+    if problem := too_few(config.federated, config.federated.num_chosen(len(sites))):
+        raise ConfigError(problem)
     if output.exists():
         raise ConfigError(f"{output} exists: keys are never written over; remove it, or give another --output")
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f"{output.name}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir(mode=0o700)
     try:
-        _write_all(temporary, config_path.read_text(encoding="utf-8"), sites, host, port)
+        _write_all(temporary, _yaml(raw), sections_of(config), sites, host, port)
         temporary.rename(output)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    _say_if_none_may_be_wrong(config.federated.strategy, len(sites))
     return [output / name for name in ("server", *sites)]
+
+
+def _real_sites(num_sites: int) -> dict[str, Any]:
+    """What stands in a configuration in place of the sites of a simulation."""
+    return {"federated.sites": None, "federated.num_sites": num_sites}
+
+
+def _without_local_folders(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sound configuration without the folders of the machine where kits are made."""
+    data = {key: value for key, value in raw["data"].items() if key not in ("data_dir", "splits_dir")}
+    federated = {key: value for key, value in raw["federated"].items() if key != "sites"}
+    return {**raw, "data": {"data_dir": DATA_DIR, **data}, "federated": federated}
+
+
+def _say_if_none_may_be_wrong(strategy: Strategy, num_sites: int) -> None:
+    """Log how many sites the Krum family needs to bear a wrong one, where it was left to find that out itself."""
+    from ml_src.core.federated.aggregation import bears
+
+    if getattr(strategy, "num_malicious", 0) is None and bears(strategy, num_sites) == 0:
+        enough = next(number for number in itertools.count(num_sites) if bears(strategy, number))
+        log.info("%s: with %d sites none may be wrong; %d are needed to bear one", strategy.type, num_sites, enough)
 
 
 def _require_names(sites: Sequence[str]) -> None:
@@ -249,14 +276,16 @@ def _require_names(sites: Sequence[str]) -> None:
         raise ConfigError("two sites have one name: give each its own")
 
 
-def _write_all(folder: Path, config: str, sites: Sequence[str], host: str, port: int) -> None:
+def _write_all(
+    folder: Path, config: bytes, sections: Mapping[str, str], sites: Sequence[str], host: str, port: int
+) -> None:
     federation = secrets.token_hex(8)
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     ca_certificate, certificate, server_key = _certificates(federation, host, now)
     keys = {name: ec.generate_private_key(ec.SECP384R1()) for name in sites}
     words = {"federation": federation, "port": port, "address": f"{host}:{port}", "until": f"{now + VALIDITY:%Y-%m-%d}"}
     common = {
-        "config.yaml": config.encode("utf-8"),
+        "config.yaml": config,
         "ca.pem": ca_certificate.public_bytes(serialization.Encoding.PEM),
         **{f"keys/{name}.pub": _public_line(key, name) for name, key in keys.items()},
     }
@@ -277,7 +306,7 @@ def _write_all(folder: Path, config: str, sites: Sequence[str], host: str, port:
         {"server.key": _private(server_key, serialization.PrivateFormat.PKCS8)},
     )
     for name, key in keys.items():
-        site = {"federation": federation, "name": name, "address": f"{host}:{port}"}
+        site = {"federation": federation, "name": name, "address": f"{host}:{port}", "sections": dict(sections)}
         readme = _README["site"].format(name=name, **words)
         _write_kit(
             folder / name,
@@ -375,11 +404,13 @@ def _read_public_key(path: Path) -> ec.EllipticCurvePublicKey:
 
 
 def _yaml(contents: Mapping[str, Any]) -> bytes:
-    text: str = yaml.safe_dump(dict(contents), sort_keys=False)
+    text: str = yaml.safe_dump(dict(contents), sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
     return text.encode("utf-8")
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
+    if not folder.exists():
+        raise ConfigError(f"{folder} does not exist: give a folder that ml-federated init wrote")
     if not (folder / name).is_file():
         raise ConfigError(f"{folder} has no {name}: give a folder that ml-federated init wrote")
     raw = read_yaml(folder / name)

@@ -21,7 +21,7 @@ from ml_src.core.atomic import write_json
 from ml_src.core.config import Config
 from ml_src.core.device import seed_everything
 from ml_src.core.errors import ConfigError, TrainingError
-from ml_src.core.federated.aggregation import Aggregator, Update, bears, least_sites, norm, sound
+from ml_src.core.federated.aggregation import Aggregator, Update, bears, norm, sound, too_few
 from ml_src.core.federated.journal import Journal
 from ml_src.core.federated.layout import Arrays, Layout
 from ml_src.core.federated.link import MOST_WORDS, Answer, Link
@@ -54,17 +54,14 @@ class Federation:
         self.layout = Layout.of(self.network)
         self.weights = self.layout.flatten(self.network)
         self.aggregator = Aggregator(self.federated)
-        self.num_chosen = min(max(round(self.federated.fraction * num_sites), self.federated.quorum), num_sites)
+        self.num_chosen = self.federated.num_chosen(num_sites)
         self.privacy: CentralPrivacy | None = None
         if self.federated.central_dp is not None:
             from ml_src.core.federated import central  # takes two seconds to import
 
             self.privacy = central.CentralPrivacy(self.federated.central_dp, self.num_chosen)
-        if self.num_chosen < least_sites(self.federated):
-            raise ConfigError(
-                f"federated.strategy {self.federated.strategy.type} needs {least_sites(self.federated)} sites in a "
-                f"round, and there are {self.num_chosen}: choose another one"
-            )
+        if problem := too_few(self.federated, self.num_chosen):
+            raise ConfigError(problem)
         if self.privacy is not None and self.layout.buffers:
             raise ConfigError("federated.central_dp protects weights, not running statistics: use model.norm group")
         self.journal = Journal(config, run_dir)

@@ -77,7 +77,9 @@ def train(config: Config, resume: Path | None = None, overwrite: bool = False) -
             with sigterm_as_interrupt():
                 federation.run()
         except KeyboardInterrupt:
-            how = f"Stopped. To go on: {command('ml-train --resume', run_dir, config)}"
+            how = "Stopped before a round counted: start it again with ml-train --config."
+            if federation.round:
+                how = f"Stopped. To go on: {command('ml-train --resume', run_dir, config)}"
             return Outcome(run_dir, True, how)
         finally:
             federation.journal.close()

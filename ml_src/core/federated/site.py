@@ -10,7 +10,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from ml_src.core.trainers.loop import evaluate, train_epoch
 from ml_src.core.trainers.training import Progress, Training
 
 LONGEST_NAME = 64  # of a session
+LONGEST_WHY = 500  # characters
 LONGEST_REASON = 500  # characters of why a federation was stopped
 KEPT = 3  # states of rounds: one that may not count yet, and two of which the server may lose the last one
 log = logging.getLogger("ml_src")
@@ -65,9 +66,11 @@ class Site:
         index: int = 0,
         keep_workers: bool = True,
         keys: Keys | None = None,
+        note: Callable[[str], None] = lambda line: None,
     ) -> None:
         assert config.federated is not None
         self.name, self.folder, self.keep_workers, self.keys = name, folder, keep_workers, keys
+        self.note = note  # takes lines for who runs the site
         self.program = 1 + secrets.randbelow(2**31 - 1)  # goes with all that it answers: two at once are found out
         self.federated, self.sections = config.federated, sections_of(config)
         self.config = config.model_copy(
@@ -83,6 +86,7 @@ class Site:
         for path in (folder, folder / "weights"):
             remove_leftovers(path)
         self.state = SiteState(folder / "site.json")
+        self.seen = ""  # what it found of the weights that came last
         self.training: Training | None = None
         self.random: dict[str, Any] = {}  # the state of the generators, between two letters
         self.done = 0  # the round whose result `training` holds
@@ -100,6 +104,7 @@ class Site:
         return {
             "facts": {},
             "settle": {},
+            "out": {},
             "evaluate": weights,
             "train": weights,
             "measure": weights,
@@ -124,6 +129,10 @@ class Site:
                 return self._measure(letter)
             case "end":
                 self._end(letter)
+                return letter.answer()
+            case "out":
+                why = " ".join(str(letter.values.get("why")).split())[:LONGEST_WHY]
+                self.note(f"this site takes no part, says the server: {why}")
                 return letter.answer()
             case _:
                 if self.masking is None:
@@ -213,7 +222,8 @@ class Site:
             self.layout.load(t.network, letter.arrays, self._kept())
             arrays, values = self._measured(t) if letter.round > 1 else ({}, {})
             if self.is_personal and letter.round > 1:
-                save_checkpoint(self._personal(letter.round - 1), t.checkpoint())
+                contents = t.checkpoint() | self._origin("personal", letter.round - 1)
+                save_checkpoint(self._personal(letter.round - 1), contents)
                 self._drop_personal(letter.values.get("best_round"), letter.round - 1)
             if letter.kind == "train":
                 values |= self._train(t, letter)
@@ -233,6 +243,7 @@ class Site:
         else:  # what this site may have trained for this round in an earlier attempt does not count
             self._drop_from(letter.round)
         self.state.answer(letter.round)
+        self._say(letter, values)
         if not self.federated.secure_aggregation:
             return letter.answer(arrays, values | {"seconds": time.monotonic() - started})
         before = self.state.summed.get(str(letter.round))
@@ -241,6 +252,14 @@ class Site:
         )
         plain = {key: values[key] for key in ("backend", "privacy", "ended") if key in values}
         return self.masking.begin(letter, plain | {"seconds": time.monotonic() - started})
+
+    def _say(self, letter: Letter, values: Mapping[str, Any]) -> None:
+        """Note this site's own numbers."""
+        rounds = self.federated.rounds
+        if letter.round > 1:
+            self.note(f"round {letter.round - 1}/{rounds}: {self.seen} on the validation images of this site")
+        if num_steps := values.get("num_steps"):
+            self.note(f"round {letter.round}/{rounds}: {num_steps} steps, train_loss {values['train_loss']:.4f}")
 
     def _measure(self, letter: Letter) -> Letter:
         """Measure weights on the validation and test images at their own size; what leaves is a matrix of counts."""
@@ -272,7 +291,8 @@ class Site:
         config = self.settled()
         network = build_model(config.model)
         self.layout.load(network, letter.arrays)
-        save_checkpoint(self.folder / "weights" / BEST, _contents(network, config, best_round))
+        contents = _contents(network, config, best_round) | self._origin("global", best_round)
+        save_checkpoint(self.folder / "weights" / BEST, contents)
         self.keep_personal(best_round)
         End(num_rounds, best_round, stop).write(self.folder)
 
@@ -358,6 +378,7 @@ class Site:
         """Return the counts and the loss of the weights that came, on this site's validation images."""
         metric = t.task.metric()
         scores = evaluate(t, metric)
+        self.seen = f"val_loss {scores['loss']:.4f}, val_iou {scores['iou']:.4f}"
         num_val = t.task.num_images("val")
         return {"counts": metric.counts.cpu().numpy()}, {"val_loss": scores["loss"], "num_val": num_val}
 
@@ -415,13 +436,30 @@ class Site:
         """Keep what this site must remember of a round, before its weights leave it."""
         t = self.training
         assert t is not None
-        contents = t.checkpoint()
+        contents = t.checkpoint() | self._origin("local", number)
         t.backend.before_save(self.folder)
         save_checkpoint(self.folder / "weights" / f"round_{number}.pt", contents)
         self.done = number
         of_before = sorted(saved for saved in self._saved() if saved[0] <= number)[-KEPT:]
         for saved in set(self._saved()) - set(of_before):  # later ones are of a round that is done again
             saved[1].unlink(missing_ok=True)
+
+    def _origin(self, network: str, number: int) -> dict[str, Any]:
+        """Return what goes into a checkpoint, so that it tells wherever it is copied to who trained it, in what round.
+
+        `network` is a word of `deployment/federation.py`.
+        """
+        assert self.state.shared is not None
+        others = () if self.keys is None else self.keys.others
+        told = {
+            "network": network,
+            "site": self.name,
+            "sites": {name: {} for name in sorted({self.name, *others})} if others else {},
+            "num_images": self.state.shared["num_images"],
+            "round": number,
+            "config": self.federated.model_dump(mode="json"),
+        }
+        return {"federation": told}
 
     def _drop_from(self, number: int) -> None:
         for saved, path in self._saved():

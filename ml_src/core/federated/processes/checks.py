@@ -36,16 +36,20 @@ def check_site(folder: Path, data_dir: Path) -> Iterator[Finding]:
     Raises: ConfigError where the folder is no kit of a site.
     """
     kit = read_site_kit(folder)
-    yield (config := _try("configuration", lambda: _check_config(kit)))
+    yield (config := _try("configuration", lambda: _check_own_config(kit)))
     if config.problem is None:
         yield _try("data", lambda: _check_data(kit, data_dir))
-    yield _try("key", lambda: _check_site_key(kit))
-    yield _try("certificate", lambda: _check_certificate(kit))
+    yield (key := _try("key", lambda: _check_site_key(kit)))
+    yield (certificate := _try("certificate", lambda: _check_certificate(kit)))
+    if certificate.problem is not None:
+        return
     hello: list[Hello] = []
-    yield _try("server", lambda: hello.append(say_hello(kit, kit.name)))
+    name = kit.name if key.problem is None else None
+    yield _try("server", lambda: hello.append(say_hello(kit, name)))
     for said in hello:
         yield _try("clock", partial(_check_clock, said))
-        yield _try("registration", partial(_check_registration, kit, said))
+        if name is not None:
+            yield _try("registration", partial(_check_registration, kit, said))
 
 
 def require_kit(kit: SiteKit | ServerKit) -> None:
@@ -59,6 +63,16 @@ def require_kit(kit: SiteKit | ServerKit) -> None:
     else:
         _check_key(kit)
     _check_certificate(kit)
+
+
+def require_folder(data_dir: Path) -> None:
+    """Check that there is a data folder.
+
+    Raises: DataError.
+    """
+    if not data_dir.is_dir():
+        problem = "is no folder" if data_dir.exists() else "does not exist"
+        raise DataError(f"{data_dir} {problem}: give --data_dir the folder with images/, masks/ and splits/")
 
 
 def require_welcome(kit: SiteKit, said: Hello) -> None:
@@ -85,17 +99,36 @@ def _check_config(kit: SiteKit | ServerKit) -> None:
         raise ConfigError(f"{kit.folder / 'config.yaml'} trains no federation: ask for the kit again")
 
 
+def _check_own_config(kit: SiteKit) -> None:
+    from ml_src.core.federated.facts import sections_of
+
+    _check_config(kit)
+    digests = sections_of(kit.config())
+    changed = [name for name, digest in digests.items() if kit.sections.get(name, digest) != digest]
+    if changed:
+        raise ConfigError(
+            f"config.yaml has changed since the kit was made, in {', '.join(changed)}: "
+            "put it back, or have new kits made"
+        )
+
+
 def _check_data(kit: SiteKit, data_dir: Path) -> None:
+    require_folder(data_dir)
     from ml_src.core.data.files import read_class_names
     from ml_src.core.tasks import task_for
 
     config, names = kit.config(data_dir), read_class_names(data_dir)
-    task_for(config).check_data()
+    if names is not None and len(names) != config.data.num_classes:
+        raise DataError(
+            f"{data_dir / 'classes.txt'} names {len(names)} classes, but the kit has {config.data.num_classes}: "
+            "make them agree"
+        )
     if names is not None and config.data.class_names is not None and names != config.data.class_names:
         raise DataError(
             f"{data_dir / 'classes.txt'} names {', '.join(names)}, but the kit {', '.join(config.data.class_names)}: "
             "make them agree"
         )
+    task_for(config).check_data()
 
 
 def _check_key(kit: SiteKit | ServerKit) -> None:

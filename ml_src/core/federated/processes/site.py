@@ -1,6 +1,7 @@
 """`ml-federated site`: Flower's SuperNode and a worker of ours, kept going until the federation has ended."""
 
 import logging
+import re
 import secrets
 import socket
 import time
@@ -20,6 +21,7 @@ DIARY = "rounds.log"
 FIRST_WAIT, LONGEST_WAIT = 0.5, 5.0  # seconds between two attempts to reach the server
 STEADY = 60.0  # seconds after which an end is not a failure to start
 FAREWELL = 10.0  # seconds for the answer to the word that all is over
+_TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # with which a line of the diary begins
 log = logging.getLogger("ml_src")
 
 
@@ -37,6 +39,7 @@ def take_part(folder: Path, data_dir: Path, answerer: str = ANSWERER) -> None:
         log.info(end.sentence(run_dir))
         return
     checks.require_kit(kit)
+    checks.require_folder(data_dir)
     with (
         atomic.only_writer(kit.state, "this kit is in use here; end that command first"),
         logging_to(kit.state / "site.log"),
@@ -80,7 +83,8 @@ def _tell(diary: Path, told: int | None) -> int:
         with diary.open("rb") as file:
             file.seek(told)
             for line in file.read().decode("utf-8", errors="replace").splitlines():
-                log.info(line)
+                stamp = _TIME.match(line)  # the log has its own
+                log.info(line[stamp.end() :] if stamp else line)
     return diary.stat().st_size
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 POLL = 0.1  # seconds
+DIARY = "rounds.log"
 log = logging.getLogger("ml_src")
 
 
@@ -45,7 +46,7 @@ def main() -> None:
         if token is None:
             time.sleep(POLL)
         else:
-            _do(address, token, answer, kit.state / "rounds.log")
+            _do(address, token, answer, kit.state / DIARY)
 
 
 def named(name: str) -> Callable[..., Any]:
@@ -66,18 +67,19 @@ def _do(address: str, token: str, answer: Callable[..., Any], diary: Path) -> No
         message, reply = runtime.do_task(address, token, answer)
     except httpx.HTTPError as error:
         log.info("an answer could not be delivered: %s", error)
-        _note(diary, "not delivered: the connection to the server began anew in the meantime")
+        note(diary, "not delivered: the connection to the server began anew in the meantime")
         return
     except Exception as error:  # the next message is none the worse for it
         log.exception("a message could not be answered")
-        _note(diary, f"failed: {type(error).__name__}: {error}")
+        note(diary, f"failed: {type(error).__name__}: {error}")
         return
     what = f"round {message.metadata.group_id or '-'} {message.metadata.message_type}"
     outcome = f"refused: {reply.error.reason}" if reply.has_error() else f"answered in {time.monotonic() - t0:.2f} s"
-    _note(diary, f"{what}: {outcome}")
+    note(diary, f"{what}: {outcome}")
 
 
-def _note(diary: Path, line: str) -> None:
+def note(diary: Path, line: str) -> None:
+    """Add a line to what the people at the site are shown."""
     with diary.open("a", encoding="utf-8") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
