@@ -115,6 +115,23 @@ def ask(grid, nodes, group: str, floats: int, since: Callable[[], dict[str, str]
         time.sleep(0.05)
 
 
+def lead_by_link(grid, kit: Path) -> None:
+    """Ask site b for its facts three times; KIT/came has what came of each letter: a sentence, or nothing."""
+    from ml_src.core.federated.kits import read_server_kit
+    from ml_src.core.federated.link import Link
+    from ml_src.core.federated.processes.runtime import connected_sites
+    from ml_src.core.federated.wire import Letter
+
+    server = read_server_kit(kit)
+    link = Link(grid, partial(connected_sites, grid, server))
+    (kit / "begun").touch()  # from here on sites may connect
+    while "b" not in link.nodes():
+        time.sleep(0.05)
+    letters = [Letter("facts", "now", number) for number in (1, 2, 3)]
+    came = [answer for one in letters for answer in link.ask({"b": one}, {"facts": {}}, 30.0)]
+    write_json(kit / "came", [answer.problem for answer in came])
+
+
 def order(server: Path, name: str, contents: object) -> Path:
     """Leave an order for the leader of a running server; returns where its outcome will be."""
     (server / "orders").mkdir(exist_ok=True)

@@ -8,9 +8,11 @@ import sys
 import time
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
+from threading import Event, Thread
 
 import httpx
 import known_federation
@@ -18,6 +20,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from fastapi import HTTPException
 from known_federation import descendants, order, running, start, wait_for
+from known_sites import Configure, led
 
 import ml_src.core.federated.flower  # noqa: F401  # before flwr
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
@@ -38,11 +41,15 @@ from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.retry import http_retry
 from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.superlink.servicer.runtime import runtime_handlers
 from flwr.supernode.fleet_http_connection import http_request_response
+from ml_src.core.federated import from_kits
 from ml_src.core.federated.kits import read_server_kit, read_site_kit
+from ml_src.core.federated.link import Answer, Link
 from ml_src.core.federated.processes import limits as module
+from ml_src.core.federated.processes import superlink
 from ml_src.core.federated.processes.limits import (
     LETTERS_PER_SITE,
     MOST_CHARACTERS,
@@ -54,7 +61,10 @@ from ml_src.core.federated.processes.limits import (
     Part,
     ShortLog,
 )
-from ml_src.core.federated.processes.superlink import FLEET, MOST_AT_ONCE, Turns
+from ml_src.core.federated.processes.superlink import FLEET, HEARTBEAT, MOST_AT_ONCE, MOST_WAITING, Turns
+from ml_src.core.federated.rounds import Federation
+from ml_src.core.federated.site import Site
+from ml_src.core.federated.site_state import read_end
 
 pytestmark = pytest.mark.xdist_group("processes")
 MAX_REQUEST = 10_000
@@ -192,9 +202,11 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    from flwr.server.superlink.linkstate import linkstate_factory
     from flwr.supercore.object_store import object_store_factory
 
     monkeypatch.setattr(object_store_factory, "InMemoryObjectStore", object_store_factory.InMemoryObjectStore)
+    monkeypatch.setattr(linkstate_factory, "InMemoryLinkState", linkstate_factory.InMemoryLinkState)
     for handlers in (fleet_handlers, runtime_handlers):
         for name in ("push_messages", "push_object", "pull_messages", "pull_object", "confirm_message_received"):
             monkeypatch.setattr(handlers, name, getattr(handlers, name))
@@ -404,6 +416,62 @@ def test_a_site_reads_what_the_server_sends_and_no_answer(server: Server) -> Non
         assert not fleet_handlers.pull_object(request=wanted, state=server.state).object_found
 
 
+@pytest.mark.parametrize("what", ["a site pushes", "a site asks for", "the server pushes", "the server asks for"])
+def test_an_object_that_is_too_late_does_not_wait_for_a_message_that_waits_for_it(server: Server, what: str) -> None:
+    """The server announces a letter just when all that was to be pushed with an object is given up."""
+    state = server.state
+    sender = server.b if what in ("a site pushes", "the server asks for") else SUPERLINK_NODE_ID
+    asked, (pushed, *_) = server.announce(server.b)
+    if sender == server.b:
+        assert server.is_sent([pushed, *_])
+        made = message(server.run, server.b, SUPERLINK_NODE_ID, content(10), asked.metadata.message_id)
+        taken = fleet_handlers.push_messages(request=header(server.b, made), state=state)
+        pushed = PushObjectRequest(run_id=server.run, object_id=made.object_id, session_id=taken.session_id)
+    pushed.node.node_id = sender
+    session = state._object_push_sessions[pushed.session_id]
+    session.expires_at -= timedelta(seconds=3600)
+    wanted = PullObjectRequest(run_id=server.run, object_id=pushed.object_id)
+    wanted.node.node_id = server.b if what == "a site asks for" else SUPERLINK_NODE_ID
+    announced, giving_up, storing = Event(), Event(), Event()
+    announce, store, give_up = (
+        state.store_message_and_object_tree,
+        state.store_message_ins,
+        state._on_push_session_expired,
+    )
+
+    def announce_meanwhile(*arguments: object) -> tuple[bool, list[str]]:
+        announced.set()
+        assert giving_up.wait(30)
+        return announce(*arguments)
+
+    def store_meanwhile(letter: Message) -> str:
+        storing.set()
+        return store(letter)
+
+    def give_up_meanwhile(keys: set[str]) -> None:
+        giving_up.set()
+        storing.wait(0.2)  # in vain where that waits for this
+        give_up(keys)
+
+    state.store_message_and_object_tree, state.store_message_ins = announce_meanwhile, store_meanwhile
+    state._on_push_session_expired = give_up_meanwhile
+    late = {
+        "a site pushes": lambda: fleet_handlers.push_object(request=pushed, state=state),
+        "a site asks for": lambda: fleet_handlers.pull_object(request=wanted, state=state),
+        "the server pushes": lambda: runtime_handlers.push_object(pushed, state, server.task),
+        "the server asks for": lambda: runtime_handlers.pull_object(wanted, state, server.task),
+    }[what]
+    threads = [Thread(target=do, daemon=True) for do in (lambda: server.announce(server.a), late)]
+    threads[0].start()
+    assert announced.wait(30)
+    threads[1].start()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+    assert storing.is_set()
+    assert pushed.session_id not in state._object_push_sessions
+
+
 def test_the_log_has_a_bounded_number_of_bounded_lines() -> None:
     short, lines = ShortLog(), []
 
@@ -433,40 +501,125 @@ def headers_of(key: ec.EllipticCurvePrivateKey, moment: bytes = b"now") -> list[
     ]
 
 
+def request(key: ec.EllipticCurvePrivateKey, path: str = FLEET + "x", moment: bytes = b"now") -> dict[str, object]:
+    return {"type": "http", "path": path, "headers": headers_of(key, moment)}
+
+
 def test_a_site_has_few_requests_at_once_and_another_need_not_wait_for_it() -> None:
-    """One that waits is not read; a request that only names the key of another site is refused."""
+    """One that waits is not read; too many are sent away; one that only names the key of another site is refused."""
     greedy, other = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
-    counts: Counter[str] = Counter()
-    statuses = []
+    counts: Counter[bytes] = Counter()
+    statuses: Counter[int] = Counter()
+    most = MOST_AT_ONCE + MOST_WAITING
 
     async def requests() -> None:
         release = asyncio.Event()
 
         async def app(scope, receive, send) -> None:
-            counts[scope["who"]] += 1
+            counts[scope["path"], scope["headers"][0][1]] += 1
             await release.wait()
             await send({"type": "http.response.start", "status": 200})
 
         async def send(sent) -> None:
             if sent["type"] == "http.response.start":
-                statuses.append(sent["status"])
-
-        async def ask(who: str, headers: list[tuple[bytes, bytes]]) -> None:
-            await turns({"type": "http", "path": FLEET + "x", "headers": headers, "who": who}, None, send)
+                statuses[sent["status"]] += 1
 
         turns = Turns(app)
-        tasks = [asyncio.create_task(ask("greedy", headers_of(greedy))) for _ in range(3 * MOST_AT_ONCE)]
-        tasks.append(asyncio.create_task(ask("other", headers_of(other))))
-        await ask("nobody", headers_of(greedy, b"another time"))
-        assert statuses == [401]
-        while not counts["other"]:
+        asked = [request(greedy)] * (most + 5) + [request(greedy, HEARTBEAT), request(other)]
+        tasks = [asyncio.create_task(turns(one, None, send)) for one in asked]
+        await turns(request(greedy, moment=b"another time"), None, send)
+        while not counts[FLEET + "x", request(other)["headers"][0][1]]:
             await asyncio.sleep(0)
-        assert counts == {"greedy": MOST_AT_ONCE, "other": 1}
+        assert sorted(counts.values()) == [1, 1, MOST_AT_ONCE]
+        assert statuses == {401: 1, 503: 5}
         release.set()
         await asyncio.gather(*tasks)
+        await turns(request(greedy), None, send)
 
     asyncio.run(requests())
-    assert Counter(statuses) == {401: 1, 200: 3 * MOST_AT_ONCE + 1}
+    assert statuses == {401: 1, 503: 5, 200: most + 3}
+    assert 503 in http_retry._RETRYABLE_STATUS_CODES  # an honest site would come again
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_a_request_that_lasts_too_long_is_told_so_where_it_has_no_answer_yet(
+    monkeypatch: pytest.MonkeyPatch, is_begun: bool
+) -> None:
+    monkeypatch.setattr(superlink, "LONGEST_REQUEST", 0.01)
+    sent = []
+
+    async def app(scope, receive, send) -> None:
+        if is_begun:
+            await send({"type": "http.response.start", "status": 200})
+        await asyncio.Event().wait()
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    asyncio.run(Turns(app)(request(ec.generate_private_key(ec.SECP384R1())), None, send))
+    assert [one.get("status") for one in sent] == ([200] if is_begun else [503, None])
+
+
+# The end, told to who was away
+
+
+@pytest.fixture
+def ended(configure: Configure) -> tuple[Federation, dict[str, Site]]:
+    """A training that is over, at sites that were not told so."""
+    return led(configure(rounds=1))
+
+
+def test_a_site_whose_letter_is_lost_is_told_the_end_all_the_same(
+    ended: tuple[Federation, dict[str, Site]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each site loses another one of the letters."""
+    federation, sites = ended
+    grid = federation.session.link.grid
+    lost = set(zip(grid.get_node_ids(), ("query.facts", "query.settle", "query.end"), strict=True))
+    push = grid.push_messages
+
+    def lose(messages: Iterable[Message]) -> Iterator[str | None]:
+        for one in messages:
+            way = (one.metadata.dst_node_id, one.metadata.message_type)
+            yield None if way in lost else push([one])[0]
+            lost.discard(way)
+
+    monkeypatch.setattr(grid, "push_messages", lose)
+    monkeypatch.setattr(from_kits, "LOOK", 0.0)
+    from_kits._tell_those_who_come(federation, set(sites))
+    assert not lost
+    assert all(read_end(site.folder) for site in sites.values())
+
+
+class WithMute(Link):
+    """A link to sites of which the first never answers, and the others come while it is waited for."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__(link.grid, self.come, is_patient=True)
+        self.all = link.nodes()
+        self.mute = min(self.all)
+        self.waits: list[float] = []
+
+    def come(self) -> dict[str, int]:
+        return dict(self.all) if self.waits else {self.mute: self.all[self.mute]}
+
+    def ask(self, letters, expected, timeout, silent=()) -> Iterator[Answer]:
+        if self.mute in letters:
+            self.waits.append(timeout)
+            yield Answer(self.mute, None, "has not answered", is_lost=True, is_silent=True)
+        yield from super().ask({site: letters[site] for site in letters if site != self.mute}, expected, timeout)
+
+
+def test_a_silent_site_does_not_keep_the_end_from_those_who_come_meanwhile(
+    ended: tuple[Federation, dict[str, Site]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation, sites = ended
+    link = federation.session.link = WithMute(federation.session.link)
+    monkeypatch.setattr(from_kits, "LOOK", 0.0)
+    monkeypatch.setattr(from_kits, "AWAY", 0.0)
+    from_kits._tell_those_who_come(federation, set(sites))
+    assert link.waits == [from_kits.PATIENCE]
+    assert {name for name, site in sites.items() if read_end(site.folder)} == sites.keys() - {link.mute}
 
 
 # The running server

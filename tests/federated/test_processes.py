@@ -537,10 +537,12 @@ def test_a_clock_is_right_as_long_as_the_server_takes_its_signatures(site, secon
 
 
 def test_a_site_whose_worker_cannot_start_ends_with_its_sentence(site):
-    process = start("site", str(site), str(site / "nowhere"))
+    (site / "empty").mkdir()
+    process = start("site", str(site), str(site / "empty"), function="hold")
     said = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 2
-    assert "nowhere does not exist: give the folder" in said
+    assert "the worker of this site has ended" in said
+    assert "run ml-split" in said
     assert "Traceback" not in said
 
 

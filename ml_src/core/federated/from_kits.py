@@ -6,6 +6,7 @@ Next to read: `processes/server.py` and `processes/site.py`, which call these tw
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from ml_src.core.federated.journal import require_same_federation, set_aside
 from ml_src.core.federated.kits import read_server_kit, read_site_kit
 from ml_src.core.federated.link import LOOK, Link
 from ml_src.core.federated.processes.runtime import connected_since, connected_sites
+from ml_src.core.federated.processes.tuning import fetch_soon
+from ml_src.core.federated.processes.worker import DIARY, note
 from ml_src.core.federated.rounds import Federation
 from ml_src.core.federated.secure_round import Keys
 from ml_src.core.federated.site import Site
@@ -32,6 +35,7 @@ from ml_src.core.tasks import task_for
 from ml_src.core.trainers.resume import checkpoint_of
 
 AWAY = 20.0  # seconds that sites which were away at the end have to come: they look for the server every 5 s
+PATIENCE = 20.0  # seconds for one of the three letters to them: one that is silent must not keep the others waiting
 log = logging.getLogger("ml_src")
 
 
@@ -40,6 +44,7 @@ def lead(grid: Grid, folder: Path) -> None:
     keep_freed_memory()
     kit = read_server_kit(folder)
     config, run_dir = kit.config(), kit.folder / RUN
+    _fetch_as_long_as_a_round(config)
     import_plugins(config.plugins)
     (run_dir / "weights").mkdir(parents=True, exist_ok=True)
     for path in (run_dir, run_dir / "weights"):
@@ -55,21 +60,29 @@ def lead(grid: Grid, folder: Path) -> None:
         contents = load_checkpoint(path)
         _require_same(parse_config(contents["config"], source=str(path)), config, path)
         federation.restore(contents)
+        if has_ended:  # else it may go on, with a larger budget for instance
+            federation.journal.stop = contents["backend_state_dict"]["journal"]["stop"]
         set_aside(path, last)
         if not has_ended:
             log.info("going on after round %d", federation.round)
     if has_ended:
-        _tell_those_who_come(federation)
+        _tell_those_who_come(federation, set(kit.public_keys))
         return
     write_text(run_dir / "config.yaml", to_yaml(config))
     try:
         federation.run()
         _conclude(federation, run_dir)
-        away = federation.session.ever - set(_tell_end(federation, federation.session.here()))
+        away = kit.public_keys.keys() - set(_tell_end(federation, federation.session.here()))
     finally:
         federation.journal.close()
     if away:
         log.info("%s: not told of the end; this command tells it when it is given again", ", ".join(sorted(away)))
+
+
+def _fetch_as_long_as_a_round(config: Config) -> None:
+    """Wait for all of a message whose beginning is there, in this process: a slow network may take minutes."""
+    assert config.federated is not None
+    fetch_soon(config.federated.round_timeout)
 
 
 def _require_same(before: Config, now: Config, path: Path) -> None:
@@ -106,20 +119,28 @@ def _tell_end(federation: Federation, sites: Collection[str]) -> list[str]:
     return told
 
 
-def _tell_those_who_come(federation: Federation) -> None:
-    """Tell the end to sites that were away when it came, and come while the server is there again."""
-    session, left, end = federation.session, federation.session.ever, time.monotonic() + AWAY
-    session.begin()
+def _tell_those_who_come(federation: Federation, left: set[str]) -> None:
+    """Tell the end to sites that were away when it came, and come while the server is there again.
+
+    Whose letter is lost is tried again while there is time, in another session: it may have been started anew. Who has
+    come while a silent one was waited for is tried once even where there is none left.
+    """
+    session, end = federation.session, time.monotonic() + AWAY
+    log.info("waiting %g s for sites that were not told of it", AWAY)
+    session.federated = session.federated.model_copy(update={"round_timeout": PATIENCE})
+    tried: set[str] = set()
     while left:
-        come = sorted(left & session.link.nodes().keys())
+        is_over = time.monotonic() > end
+        come = (left & session.link.nodes().keys()) - (tried if is_over else set())
         if come:
-            session.join(come, federation.round)
-            _tell_end(federation, [site for site in session.here() if site in come])
-            left -= set(come)
-        elif time.monotonic() > end:
+            session.begin()
+            is_lost = session.join(sorted(come), federation.round)
+            unfit = set() if is_lost else come - session.num_images.keys()
+            left -= unfit.union(_tell_end(federation, session.here()))
+            tried |= come
+        elif is_over:
             return
-        else:
-            time.sleep(LOOK)
+        time.sleep(LOOK)
 
 
 def _plain(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -134,11 +155,19 @@ def answerer(folder: Path, data_dir: Path) -> Callable[[Message, Context], Messa
     keep_freed_memory()
     kit = read_site_kit(folder)
     config = kit.config(data_dir)
+    _fetch_as_long_as_a_round(config)
     import_plugins(config.plugins)
     names = list(kit.public_keys)
     keys = Keys(kit.signing_key(), {name: key for name, key in kit.public_keys.items() if name != kit.name})
     task_for(config).check_data()  # a site without its data had better not begin
-    site = Site(kit.name, _private(config), kit.folder / RUN, names.index(kit.name), keys=keys)
+    site = Site(
+        kit.name,
+        _private(config),
+        kit.folder / RUN,
+        names.index(kit.name),
+        keys=keys,
+        note=partial(note, kit.state / DIARY),
+    )
     return lambda message, context: client.answer(site, message, is_private=True)
 
 

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import httpx
+
 import ml_src.core.federated.flower  # noqa: F401  # before flwr
 from flwr.app import Message, MessageType
 from flwr.common.constant import ErrorCode
@@ -15,6 +17,7 @@ from ml_src.core.federated.wire import PROGRAM, REFUSED, Expected, Letter, WireE
 FIRST_NAP, LONGEST_NAP = 0.05, 0.25  # seconds between two looks for answers
 MOST_WORDS = 500  # characters of a site's sentence
 LOOK = 1.0  # seconds between two looks for who is connected
+UPLOAD_BROKE = ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE
 
 
 class Answer(NamedTuple):
@@ -26,8 +29,16 @@ class Answer(NamedTuple):
     num_bytes: int = 0
     seconds: float = 0.0
     is_lost: bool = False  # did not arrive: asking again may help
-    is_silent: bool = False  # it is connected, and nothing came
+    is_silent: bool = False  # it is connected, and nothing whole came
     program: int | None = None  # which one at the site it was, where that is told
+
+
+class _Unanswered(NamedTuple):
+    """The last letter to a site that nobody waits for any more."""
+
+    key: str
+    since: str | None  # when the site had connected
+    until: float  # moment after which Flower takes no answer to it
 
 
 class Link:
@@ -35,6 +46,9 @@ class Link:
 
     nodes: name -> Flower's number of the node. since: name -> when it connected; a site that has connected anew in the
     meantime has lost its letter.
+
+    A site that was silent gets no further letter before it has answered the last one, so that none pile up at it. What
+    it answers then is dropped, as that round is over, and the next time it is waited for again.
     """
 
     def __init__(
@@ -46,6 +60,8 @@ class Link:
     ) -> None:
         self.grid, self.nodes, self.since, self.is_patient = grid, nodes, since, is_patient
         self._pulls: dict[str, _Pull] = {}
+        self._unanswered: dict[str, _Unanswered] = {}
+        self._back: set[str] = set()  # were silent, and have answered since, or begun anew
 
     def ask(
         self,
@@ -60,12 +76,60 @@ class Link:
         alone: they have not answered before.
         """
         started = looked = time.monotonic()
-        self._pulls = {}  # what still waits for answers to earlier letters is let go
         nodes, since = self.nodes(), self.since()
-        records = {id(letter): to_record(letter) for letter in letters.values()}  # most have the same
-        sites = [site for site in letters if site in nodes]
-        for site in letters.keys() - set(sites):
+        self._let_go(since)
+        unwaited = set(silent) - self._back
+        busy = letters.keys() & nodes.keys() & unwaited & self._unanswered.keys()
+        for site in busy:
+            yield Answer(site, None, "is still at work on an earlier message", is_lost=True, is_silent=True)
+        sites = [site for site in letters if site in nodes and site not in busy]
+        for site in letters.keys() - busy - set(sites):
             yield Answer(site, None, "is not connected", is_lost=True)
+        waiting = self._sent(sites, letters, nodes, timeout)
+        for site in set(sites) - set(waiting.values()):
+            yield Answer(site, None, "could not be sent its message", is_lost=True)
+        for site in waiting.values():
+            self._unanswered.pop(site, None)
+            self._back.discard(site)
+        nap = FIRST_NAP
+        while set(waiting.values()) - unwaited and (self.is_patient or time.monotonic() - started < timeout):
+            replies = self._pulled([*waiting, *(one.key for one in self._unanswered.values())])
+            for key in [key for key in replies if key in waiting]:
+                site = waiting.pop(key)
+                yield _answer(site, letters[site], key, replies[key], expected, time.monotonic() - started)
+            for site in [site for site, one in self._unanswered.items() if one.key in replies]:
+                del self._unanswered[site]
+                self._back.add(site)
+            nap = FIRST_NAP if replies else min(nap * 1.1, LONGEST_NAP)
+            if not replies:
+                time.sleep(nap)
+            if time.monotonic() - looked > LOOK:
+                looked, now = time.monotonic(), self.since()
+                for key in [key for key, site in waiting.items() if now.get(site) != since.get(site)]:
+                    site = waiting.pop(key)
+                    why = "was started anew" if site in now else "is no longer connected"
+                    yield Answer(site, None, f"{why}, and has lost its message", is_lost=True)
+        for key, site in waiting.items():
+            self._unanswered[site] = _Unanswered(key, since.get(site), started + timeout)
+            why = "is still silent" if site in unwaited else f"has not answered within {timeout:g} s"
+            yield Answer(site, None, why, is_lost=True, is_silent=True)
+
+    def _let_go(self, since: Mapping[str, str]) -> None:
+        """Forget letters that no answer can come to any more."""
+        for site, one in list(self._unanswered.items()):
+            is_anew = site in since and since[site] != one.since
+            if is_anew:
+                self._back.add(site)
+            if is_anew or time.monotonic() > one.until:
+                del self._unanswered[site]
+        keys = {one.key for one in self._unanswered.values()}
+        self._pulls = {key: pull for key, pull in self._pulls.items() if key in keys}
+
+    def _sent(
+        self, sites: list[str], letters: Mapping[str, Letter], nodes: Mapping[str, int], timeout: float
+    ) -> dict[str, str]:
+        """Send letters; returns Flower's key of each that was sent -> the site."""
+        records = {id(letters[site]): to_record(letters[site]) for site in sites}  # most have the same
         messages = [
             Message(
                 records[id(letters[site])],
@@ -78,60 +142,50 @@ class Link:
         ]
         pushed: list[str | None] = list(self.grid.push_messages(messages))
         pushed += [None] * (len(sites) - len(pushed))  # Flower returns none at all where it was refused
-        waiting = {key: site for key, site in zip(pushed, sites, strict=True) if key is not None}
-        for site in set(sites) - set(waiting.values()):
-            yield Answer(site, None, "could not be sent its message", is_lost=True)
-        nap = FIRST_NAP
-        while set(waiting.values()) - set(silent) and (self.is_patient or time.monotonic() - started < timeout):
-            replies = self._pulled(list(waiting))
-            for reply in replies:
-                key = reply.metadata.reply_to_message_id
-                if key in waiting:
-                    site = waiting.pop(key)
-                    yield _answer(site, letters[site], reply, expected, time.monotonic() - started)
-            nap = FIRST_NAP if replies else min(nap * 1.1, LONGEST_NAP)
-            if not replies:
-                time.sleep(nap)
-            if time.monotonic() - looked > LOOK:
-                looked, now = time.monotonic(), self.since()
-                for key in [key for key, site in waiting.items() if now.get(site) != since.get(site)]:
-                    site = waiting.pop(key)
-                    why = "was started anew" if site in now else "is no longer connected"
-                    yield Answer(site, None, f"{why}, and has lost its message", is_lost=True)
-        for site in waiting.values():
-            why = "is still silent" if site in silent else f"has not answered within {timeout:g} s"
-            yield Answer(site, None, why, is_lost=True, is_silent=True)
+        return {key: site for key, site in zip(pushed, sites, strict=True) if key is not None}
 
-    def _pulled(self, keys: list[str]) -> list[Message]:
-        """Return the replies that are there, without waiting for one that is still on its way."""
+    def _pulled(self, keys: list[str]) -> "dict[str, Message | Exception]":
+        """Return the replies that are there, without waiting for one that is still on its way.
+
+        Returns: the key of a letter -> the reply to it, or why that cannot be read.
+        """
         if self.is_patient:
-            return list(self.grid.pull_messages(keys))
+            return dict(zip(keys[:1], self.grid.pull_messages(keys[:1]), strict=False))
         for key in set(keys) - self._pulls.keys():
             self._pulls[key] = _Pull(self.grid, key)
             self._pulls[key].start()
-        found: list[Message] = []
+        found: dict[str, Message | Exception] = {}
         for key in [key for key, pull in self._pulls.items() if not pull.is_alive()]:
             pull = self._pulls.pop(key)
-            if pull.error is not None:
-                raise pull.error
-            found += pull.replies
+            if pull.failure is not None:
+                raise pull.failure
+            found |= zip([key], pull.replies, strict=False)  # there may be none yet
         return found
 
 
 class _Pull(threading.Thread):
-    """Fetches one reply: Flower waits in there until all of it has arrived, and who sends it may have died."""
+    """Fetches one reply: Flower waits in there until all of it has arrived, and who sends it may have died.
+
+    replies: the reply, or what Flower raises while it puts that together from what a site has sent. failure: what says
+    nothing of a reply: that the run has ended, or that the server cannot be reached.
+    """
 
     def __init__(self, grid: Grid, key: str) -> None:
         super().__init__(daemon=True)
         self.grid, self.key = grid, key
-        self.replies: list[Message] = []
-        self.error: Exception | None = None
+        self.replies: list[Message | Exception] = []
+        self.failure: BaseException | None = None
 
     def run(self) -> None:
         try:
             self.replies = list(self.grid.pull_messages([self.key]))
-        except Exception as error:  # raised again by who looks for the reply
-            self.error = error
+        except Exception as error:
+            if isinstance(error, httpx.TransportError):
+                self.failure = error
+            else:
+                self.replies = [error]
+        except BaseException as error:  # as Flower has it where the run is over
+            self.failure = error
 
 
 def _type_of(letter: Letter) -> str:
@@ -140,8 +194,21 @@ def _type_of(letter: Letter) -> str:
 
 
 def _answer(
-    site: str, letter: Letter, reply: Message, expected: Mapping[str, Mapping[str, Expected]], seconds: float
+    site: str,
+    letter: Letter,
+    key: str,
+    reply: "Message | Exception",
+    expected: Mapping[str, Mapping[str, Expected]],
+    seconds: float,
 ) -> Answer:
+    """Judge the reply to the letter with Flower's `key`."""
+    if isinstance(reply, Exception):
+        return Answer(site, None, f"sent an answer that cannot be read ({type(reply).__name__})", 0, seconds)
+    if reply.metadata.reply_to_message_id != key:
+        return Answer(site, None, "sent an answer that is to another message", 0, seconds)
+    if reply.has_error() and reply.error.code in UPLOAD_BROKE:
+        why = "has begun to answer, and not all of it arrived"
+        return Answer(site, None, why, 0, seconds, is_lost=True, is_silent=True)
     if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
         return Answer(site, None, "is no longer connected, and has lost its message", 0, seconds, is_lost=True)
     if reply.has_error():

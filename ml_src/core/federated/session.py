@@ -7,11 +7,12 @@ every letter: what belongs to another session is refused.
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 from ml_src.core.config import Config
-from ml_src.core.errors import MLError, TrainingError
+from ml_src.core.errors import DataError, MLError, TrainingError
 from ml_src.core.federated import facts
 from ml_src.core.federated.aggregation import least_sites
 from ml_src.core.federated.journal import Journal
@@ -21,6 +22,7 @@ from ml_src.core.federated.wire import Expected, Letter
 
 LATE = 10.0  # seconds that sites have to come back, where there are enough without them
 AGAIN = 2.0  # seconds between two attempts
+FAREWELL = 10.0  # seconds for a letter that changes nothing
 MOST_PROGRAMS = 100  # of a site that are remembered
 TWO = (
     "answers from two places: two programs take part with the key of {site}; end one of them, best the one that was "
@@ -38,6 +40,7 @@ class Session:
         self.link, self.journal, self.num_sites = link, journal, num_sites
         self.number = ""
         self.num_images: dict[str, int] = {}  # training images of each site that takes part
+        self.left_out: dict[str, str] = {}  # who was told that it takes no part, and why
         self.silent: set[str] = set()  # connected, but a round went on without them: nobody waits for them again
         self.programs: dict[str, list[int]] = {}  # that have answered for each site, in this order
 
@@ -64,18 +67,6 @@ class Session:
         """Training images of all sites of the first session: what their shares in a sum refer to."""
         known = self.journal.fingerprint
         return 1 if known is None else sum(known.num_images.values())
-
-    @property
-    def ever(self) -> set[str]:
-        """The sites that took part in the training, in any session."""
-        known = self.journal.fingerprint
-        later = [
-            name
-            for entry in self.journal.rounds
-            for key in ("sites", "metrics_of_sites")
-            for name in entry.get(key, {})
-        ]
-        return set(later) | set(() if known is None else known.num_images)
 
     def here(self) -> list[str]:
         """Return the sites that take part and are connected at this moment."""
@@ -139,44 +130,58 @@ class Session:
         new = [site for site in sites if site not in self.num_images]
         if not new:
             return False
+        taking_part = [site for site in sites if site in self.num_images]
         lost: list[str] = []
         parsed: dict[str, facts.Facts] = {}
-        for answer, letter in self.ask(dict.fromkeys(new, self.letter("facts", round)), {"facts": {}}, lost):
+        ask = partial(self.ask, lost=lost, others=taking_part)
+        for answer, letter in ask(dict.fromkeys(new, self.letter("facts", round)), {"facts": {}}):
             try:
                 parsed[answer.site] = facts.parse(letter.values, answer.site)
             except MLError as error:
                 self.trouble(answer.site, str(error))
-        fitting = self._fitting(parsed)
+        fitting = self._fitting(parsed, round)
         known = self.journal.fingerprint
         if known is None or not fitting:
             return bool(lost)
         settle = self.letter("settle", round, values=self.shared)
-        for answer, _ in self.ask(dict.fromkeys(fitting, settle), {"settle": {}}, lost):
+        for answer, _ in ask(dict.fromkeys(fitting, settle), {"settle": {}}):
             self.num_images[answer.site] = fitting[answer.site].num_images["train"]
         return bool(lost)
 
-    def _fitting(self, parsed: dict[str, facts.Facts]) -> dict[str, facts.Facts]:
-        """Return the sites that train the same, on images that go with those of all others, as the first ones say."""
-        mine = facts.sections_of(self.config)
-        for site, own in list(parsed.items()):
-            other = sorted(name for name, digest in own.sections.items() if mine.get(name) != digest)
-            if other:
-                self.trouble(
-                    site, f"has another config.yaml than the server, in {', '.join(other)[:200]}: make it the same"
-                )
-                del parsed[site]
-        if self.journal.fingerprint is None:
-            if parsed:
-                self.journal.begin(facts.merge(parsed, self.config))
-            return parsed
-        fitting = {}
+    def _fitting(self, parsed: dict[str, facts.Facts], round: int) -> dict[str, facts.Facts]:
+        """Return the sites that train the same, on images that go with those of all others, as the first ones say.
+
+        The others are told why they take no part: nobody there would know.
+        """
+        mine, fitting, why = facts.sections_of(self.config), {}, {}
         for site, own in parsed.items():
+            other = sorted(name for name, digest in own.sections.items() if mine.get(name) != digest)
             try:
-                facts.require_fitting(own, site, self.journal.fingerprint, self.journal.config)
+                if other:
+                    names = ", ".join(other)[:200]
+                    raise DataError(f"has another config.yaml than the server, in {names}: make it the same")
+                if self.journal.fingerprint is not None:
+                    facts.require_fitting(own, site, self.journal.fingerprint, self.journal.config)
                 fitting[site] = own
             except MLError as error:
                 self.trouble(site, str(error))
+                why[site] = str(error) if other else _heading(error)
+        self._leave_out(why, round)
+        if self.journal.fingerprint is None and fitting:
+            try:
+                self.journal.begin(facts.merge(fitting, self.config))
+            except MLError as error:
+                self._leave_out(dict.fromkeys(fitting, _heading(error)), round)
+                raise
         return fitting
+
+    def _leave_out(self, why: Mapping[str, str], round: int) -> None:
+        """Tell sites, once, why they take no part; what comes back is of no use."""
+        new = {site: reason for site, reason in why.items() if self.left_out.get(site) != reason}
+        self.left_out |= new
+        letters = {site: self.letter("out", round, values={"why": reason}) for site, reason in new.items()}
+        for _ in self.link.ask(letters, {"out": {}}, FAREWELL):
+            pass
 
     def letter(self, kind: str, round: int, **parts: object) -> Letter:
         """Return a letter of this session."""
@@ -187,13 +192,15 @@ class Session:
         letters: Mapping[str, Letter],
         expected: Mapping[str, Mapping[str, Expected]],
         lost: list[str] | None = None,
+        others: Collection[str] = (),
     ) -> list[tuple[Answer, Letter]]:
         """Return the answers that are letters, in the order of the sites' names; say what is wrong with the others.
 
-        `lost` takes the names of those whose letter did not arrive.
+        `lost` takes the names of those whose letter did not arrive. Nobody waits for silent sites where there are
+        enough without them, among those that are asked and `others`.
         """
         found = []
-        silent = self.silent if len(letters.keys() - self.silent) >= self.needed else set()
+        silent = self.silent if len((letters.keys() | set(others)) - self.silent) >= self.needed else set()
         for answer in self.link.ask(letters, expected, self.federated.round_timeout, silent):
             (self.silent.add if answer.is_silent else self.silent.discard)(answer.site)
             self._notice(answer)
@@ -220,3 +227,8 @@ class Session:
         what = " ".join(what.split())
         log.warning("%s %s", site, what)
         self.journal.trouble(site, what)
+
+
+def _heading(error: MLError) -> str:
+    """What is wrong, without what the other sites have."""
+    return f"{str(error).partition(':')[0]}: ask who runs the server"

@@ -161,11 +161,13 @@ class Limits:
 
     def install(self) -> None:
         """Let Flower's server, which is not yet made, use all this."""
+        from flwr.server.superlink.linkstate import linkstate_factory
         from flwr.supercore.object_store import object_store_factory
         from flwr.superlink.servicer.fleet import fleet_handlers
         from flwr.superlink.servicer.runtime import runtime_handlers
 
         object_store_factory.InMemoryObjectStore = lambda: self.store
+        linkstate_factory.InMemoryLinkState = _with_one_lock(linkstate_factory.InMemoryLinkState)
         fleet_handlers.push_messages = _of_site(self.push_messages)
         fleet_handlers.push_object = _of_site(self.push_object)
         for name in ("pull_messages", "pull_object", "confirm_message_received"):
@@ -235,6 +237,21 @@ class Limits:
             names = [known.name for known in state.get_node_info(node_ids=[node])]
             log.warning("site %s sends %s: refused, and not logged again", *names or [node], what)
         raise HTTPException(status, f"refused: {what}")
+
+
+def _with_one_lock(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Let messages and what is being pushed have one lock.
+
+    Flower takes the first and then the second where a message comes, and the other way round where an object comes too
+    late, and where one is asked for that does: then each request waits for the other's lock, and all for both.
+    """
+
+    def made(*arguments: Any) -> Any:
+        state = make(*arguments)
+        state._lock_object_push_sessions = state.lock  # both may be taken twice by who has them
+        return state
+
+    return made
 
 
 def _of_site(handler: Callable[..., Any]) -> Callable[..., Any]:

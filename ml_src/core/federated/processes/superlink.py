@@ -14,9 +14,8 @@ import logging
 import sys
 import time
 from base64 import b64decode
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -28,10 +27,12 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 FLEET = "/v1/fleet/"
+HEARTBEAT = FLEET + "send-node-heartbeat"
 HELLO = "/federation/hello"
 TOKEN_HEADER = "x-federation-token"
 MOST_AT_ONCE = 8  # requests of a site; an honest one has four at most
-LONGEST_REQUEST = 300.0  # seconds
+MOST_WAITING = 32  # requests of a site that wait for these; more are told to come again
+LONGEST_REQUEST, LONGEST_HEARTBEAT = 300.0, 10.0  # seconds
 MOST_GARBAGE = 1 << 24  # bytes of requests
 
 
@@ -111,33 +112,81 @@ class _Counted:
 class Turns:
     """An ASGI application between the gate and Flower's: each site has a few requests at once, the others wait unread.
 
-    So that a site cannot fill the memory with requests of honest size. Whose request it is says the signature, which
-    Flower checks again, with its age, after it has read all.
+    So that a site cannot fill the memory with requests of honest size. Too many that wait are told to come again, as
+    Flower's client does by itself. Whose request it is says the signature, which Flower checks again, with its age,
+    after it has read all.
     """
 
     def __init__(self, app: App) -> None:
         self.app = app
-        self._turns: dict[bytes, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MOST_AT_ONCE))
+        self._lines: dict[tuple[bytes, bool], _Line] = {}
         self._num_read = 0  # bytes since garbage was collected
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not scope["path"].startswith(FLEET):
             await self.app(scope, receive, send)
-        elif not _signed(scope):
+            return
+        if not _signed(scope):
             await _refuse(send, 401, "this request is not signed with its key")
-        else:
-            async with self._turns[_key(scope)]:
-                with suppress(TimeoutError):  # a connection that broke may look as if it were there
-                    async with asyncio.timeout(LONGEST_REQUEST):
-                        await self.app(scope, partial(self._counted, receive), send)
-            if self._num_read > MOST_GARBAGE:
-                self._num_read = 0
-                gc.collect()  # what is left of a request refers to itself, and Python counts objects, not their bytes
+            return
+        line = self._line(_key(scope), scope["path"] == HEARTBEAT)
+        if line.is_full:
+            await _refuse(send, 503, "too many requests at once: come again")
+            return
+        async with line.turn():
+            await self._within(line.longest, scope, receive, send)
+        if self._num_read > MOST_GARBAGE:
+            self._num_read = 0
+            gc.collect()  # what is left of a request refers to itself, and Python counts objects, not their bytes
+
+    def _line(self, key: bytes, is_heartbeat: bool) -> "_Line":
+        """Return where a request waits; a sign of life does not wait for uploads."""
+        made = _Line(1, LONGEST_HEARTBEAT) if is_heartbeat else _Line(MOST_AT_ONCE, LONGEST_REQUEST)
+        return self._lines.setdefault((key, is_heartbeat), made)
+
+    async def _within(self, longest: float, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass a request on, for so many seconds: a connection that broke may look as if it were there."""
+        is_answered = False
+
+        async def noted(message: Message) -> None:
+            nonlocal is_answered
+            is_answered = True
+            await send(message)
+
+        try:
+            async with asyncio.timeout(longest):
+                await self.app(scope, partial(self._counted, receive), noted)
+        except TimeoutError:
+            if not is_answered:
+                await _refuse(send, 503, f"not all of this request was here after {longest:g} s: send it again")
 
     async def _counted(self, receive: Receive) -> Message:
         message = await receive()
         self._num_read += len(message.get("body", b""))
         return message
+
+
+class _Line:
+    """Requests of one site: some at once, so many seconds each, and some that wait."""
+
+    def __init__(self, most: int, longest: float) -> None:
+        self.most, self.longest = most, longest
+        self._num = 0
+        self._turns = asyncio.Semaphore(most)
+
+    @property
+    def is_full(self) -> bool:
+        return self._num >= self.most + MOST_WAITING
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait for a turn, and have it."""
+        self._num += 1
+        try:
+            async with self._turns:
+                yield
+        finally:
+            self._num -= 1
 
 
 def _from_this_machine(scope: Message) -> bool:
@@ -249,6 +298,9 @@ def _let_sites_come_back() -> None:
 
 
 def _run(run: Callable[..., None], **options: Any) -> None:
+    """Run the application, which is made: what there is by now need not be looked at for garbage each time."""
+    gc.collect()
+    gc.freeze()
     run(**options | {"proxy_headers": False, "access_log": False, "server_header": False, "timeout_keep_alive": 75})
 
 

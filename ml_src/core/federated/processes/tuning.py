@@ -8,20 +8,19 @@ import logging
 from pathlib import Path
 
 FIRST_WAIT, LONGEST_WAIT = 0.02, 0.2  # seconds between two attempts, doubled each time
-MAX_ATTEMPTS = 36000
 LONGEST_RETRY = 2  # seconds between two attempts to reach the server
-LONGEST_FETCH = 120.0  # seconds for one message; meanwhile the server takes no other answer
+LONGEST_FETCH = 120.0  # seconds for one message
 
 
-def fetch_soon() -> None:
-    """Shorten the waits for parts of messages, in this process."""
+def fetch_soon(longest: float = LONGEST_FETCH) -> None:
+    """Shorten the waits for parts of messages, in this process, and wait `longest` (s) until all are there."""
     from flwr.supercore.inflatable import inflatable_utils
 
     waits = {
         "initial_backoff": FIRST_WAIT,
         "backoff_cap": LONGEST_WAIT,
-        "max_tries_per_object": MAX_ATTEMPTS,
-        "max_time": LONGEST_FETCH,
+        "max_tries_per_object": None,
+        "max_time": longest,
     }
     for function in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
         function.__kwdefaults__ |= waits
