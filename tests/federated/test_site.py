@@ -16,8 +16,9 @@ from ml_src.core.federated.client import answer
 from ml_src.core.federated.layout import Arrays
 from ml_src.core.federated.link import Link
 from ml_src.core.federated.local_grid import LocalGrid
+from ml_src.core.federated.local_round import Proximal
 from ml_src.core.federated.simulation import site_configs
-from ml_src.core.federated.site import Proximal, Site, site_seed
+from ml_src.core.federated.site import Site, site_seed
 from ml_src.core.federated.site_state import ENDED, End, read_end
 from ml_src.core.federated.wire import Letter, WireError
 from ml_src.core.inference.members import open_member

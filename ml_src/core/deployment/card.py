@@ -4,17 +4,15 @@ Markdown for people; programs read the metadata in the file. Words of users (nam
 escaped, so that they stay words.
 """
 
-import re
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_src.core.checking.grouping import printable
 from ml_src.core.checking.output_folder import digest_of
 from ml_src.core.deployment.benchmark import END_TO_END, NETWORK
+from ml_src.core.deployment.card_federation import federation_lines, federations, trained_by
 from ml_src.core.deployment.facts import Privacy, Scores
-from ml_src.core.deployment.federation import Federation
+from ml_src.core.deployment.markdown import figure, interval, numbers, shell, size_text, table, text
 from ml_src.core.deployment.programs import python_lines
 from ml_src.core.export.metadata import Metadata
 from ml_src.core.export.openvino_file import weights_of
@@ -66,7 +64,7 @@ def is_card_of(path: Path, card: Path) -> bool:
 
 
 def _title(name: str) -> str:
-    return f"# Model card: {_text(name)}"
+    return f"# Model card: {text(name)}"
 
 
 def card_of(
@@ -84,7 +82,7 @@ def card_of(
         _ends(metadata, kind, input_size),
         _classes(metadata),
         _steps(metadata),
-        _federation(metadata),
+        federation_lines(metadata),
         _scores(metadata),
         _privacy(metadata),
         _validation(validation),
@@ -109,12 +107,12 @@ def _head(
         f"A network that gives each pixel of an image one of {number} classes (semantic segmentation), exported as "
         f"{kind} in {metadata.precision}.{of}",
         "",
-        *_table(["file", "bytes", "SHA-256"], [[_text(one.name), str(one.num_bytes), one.sha256] for one in files]),
+        *table(["file", "bytes", "SHA-256"], [[text(one.name), str(one.num_bytes), one.sha256] for one in files]),
     ]
     if validation is not None and validation["verdict"] != "PASS":
         lines += [
             "",
-            f"**Do not use it: it does not predict what its checkpoint does.** {_text(validation['reason'])}.",
+            f"**Do not use it: it does not predict what its checkpoint does.** {text(validation['reason'])}.",
         ]
     return lines
 
@@ -128,7 +126,7 @@ def _use(metadata: Metadata, kind: str, name: str) -> list[str]:
             "",
             "```bash",
             f"pip install 'ml-src[{EXTRAS[kind]}]'",
-            f"ml-inference --checkpoint_path {_shell(name)} --input IMAGES --output RESULTS",
+            f"ml-inference --checkpoint_path {shell(name)} --input IMAGES --output RESULTS",
             "```",
         ]
     lines += ["", "In Python:", "", "```python", *python_lines(metadata, kind, name), "```"]
@@ -149,7 +147,7 @@ def _ends(metadata: Metadata, kind: str, input_size: tuple[int, int] | None) -> 
     shape = f"N, H, W, {channels}" if metadata.layout == "NHWC" else f"N, {channels}, H, W"
     full = LEVELS[metadata.input_type]
     of_full = "" if full == 1 else f", as shares of {full}"
-    statistics = f"mean {_numbers(metadata.mean)}, standard deviation {_numbers(metadata.std)}{of_full}"
+    statistics = f"mean {numbers(metadata.mean)}, standard deviation {numbers(metadata.std)}{of_full}"
     lines = ["## Input and output", ""]
     if kind == "safetensors":
         lines += [
@@ -162,7 +160,7 @@ def _ends(metadata: Metadata, kind: str, input_size: tuple[int, int] | None) -> 
             ["output", "labels", metadata.label_type, "(N, H, W)", "the most probable class of each pixel"],
             ["output", "probabilities", "float32", f"(N, {number}, H, W)", "of each class; they sum to 1"],
         ]
-        lines += _table(["", "name", "type", "shape", "meaning"], rows)
+        lines += table(["", "name", "type", "shape", "meaning"], rows)
         lines += ["", f"The normalisation is inside the file: give images as they are. It uses {statistics}."]
         if input_size is None:
             lines.append("Any N, H and W of 1 or more are taken; what the network needs beyond is padded inside.")
@@ -179,12 +177,12 @@ def _meaning_of_images(metadata: Metadata) -> str:
 
 def _sizes(metadata: Metadata) -> str:
     trained = (
-        "images of their own size" if metadata.training_size is None else f"{_size(metadata.training_size)} pixels"
+        "images of their own size" if metadata.training_size is None else f"{size_text(metadata.training_size)} pixels"
     )
     resized = (
         "Images keep their own size; larger ones are best cut into overlapping tiles, as `ml-inference` does."
         if metadata.resize is None
-        else f"Whole images are to be resized to {_size(metadata.resize)} (height x width) before and the "
+        else f"Whole images are to be resized to {size_text(metadata.resize)} (height x width) before and the "
         "probabilities back after, which is not in the file; `ml-inference` does it."
     )
     return f"It was trained on {trained}{'' if metadata.training_size is None else ' (height x width)'}. {resized}"
@@ -192,7 +190,7 @@ def _sizes(metadata: Metadata) -> str:
 
 def _classes(metadata: Metadata) -> list[str]:
     rows = [
-        [str(index), _text(name), "#{:02x}{:02x}{:02x}".format(*colour)]
+        [str(index), text(name), "#{:02x}{:02x}{:02x}".format(*colour)]
         for index, (name, colour) in enumerate(zip(metadata.class_names, metadata.colours, strict=True))
     ]
     ignored = metadata.ignore_index
@@ -201,7 +199,7 @@ def _classes(metadata: Metadata) -> list[str]:
         if ignored < metadata.num_classes
         else f"In masks, {ignored} stands for pixels that are not labelled; the network never says it."
     )
-    return ["## Classes", "", *_table(["value", "name", "colour"], rows), "", words]
+    return ["## Classes", "", *table(["value", "name", "colour"], rows), "", words]
 
 
 def _steps(metadata: Metadata) -> list[str]:
@@ -217,96 +215,6 @@ def _steps(metadata: Metadata) -> list[str]:
     ]
 
 
-# Who trained it together
-
-
-def _federations(metadata: Metadata) -> list[Federation]:
-    """Those of the members that were trained by one."""
-    return [Federation.model_validate(one["federation"]) for one in metadata.checkpoints if "federation" in one]
-
-
-def _federation(metadata: Metadata) -> list[str]:
-    lines = []
-    for one in metadata.checkpoints:
-        if "federation" in one:
-            of = f" of {_text(one['name'])}" if len(metadata.checkpoints) > 1 else ""
-            lines += ["", f"## Federation{of}", "", *_of_federation(Federation.model_validate(one["federation"]))]
-    return lines[1:]
-
-
-def _of_federation(one: Federation) -> list[str]:
-    images = "" if one.num_images is None else f", with {one.num_images} training images in all"
-    lines = [f"It was trained by a federation of {_number_of_sites(one)}{images}."]
-    if one.site is not None:
-        kinds = {
-            "global": f"The network of all sites, as the site {_text(one.site)} was given it.",
-            "personal": f"The network of all sites, with the batch normalisation of the site {_text(one.site)}.",
-            "local": f"The network of the site {_text(one.site)} after its own part of a round, before it became one "
-            "with those of others.",
-        }
-        lines.append(kinds[one.network])
-    if one.sites:
-        lines += ["", *_sites(one)]
-    elif one.num_sites != 1:
-        lines.append("The names of its sites are not all known here.")
-    return [*lines, "", *(f"- {line}" for line in _ways(one))]
-
-
-def _sites(one: Federation) -> list[str]:
-    """The table of the sites, with the columns of which something is known."""
-    columns: dict[str, dict[str, int | str | None]] = {
-        "training images": {name: share.num_images for name, share in one.sites.items()},
-        "rounds with its update": {name: share.num_rounds for name, share in one.sites.items()},
-        "epsilon spent": {
-            name: None if share.epsilon is None else f"{share.epsilon:.4g}" for name, share in one.sites.items()
-        },
-    }
-    known = {head: values for head, values in columns.items() if any(value is not None for value in values.values())}
-    rows = [
-        [_text(name), *("not known" if values[name] is None else str(values[name]) for values in known.values())]
-        for name in one.sites
-    ]
-    return _table(["site", *known], rows)
-
-
-def _ways(one: Federation) -> list[str]:
-    """Rounds, strategy and what protects the sites, a sentence each."""
-    if one.config is None:
-        return ["Its rounds, its strategy and what protected the sites are not known here."]
-    config = one.config
-    ended = "" if one.num_rounds is None else f"; the federation ended after {one.num_rounds}"
-    options = ", ".join(f"{key} {value}" for key, value in config.strategy.model_dump(exclude={"type"}).items())
-    at_sites = "on, each site with a budget of its own" if config.backend == "dp" else "off"
-    central = "off"
-    if config.central_dp is not None:
-        noise = config.central_dp
-        central = (
-            f"on, noise multiplier {noise.noise_multiplier:g}, clip norm {noise.clip_norm:g}; the unit is one site"
-        )
-        if one.site is not None:
-            central += "; the server knows what epsilon came to"
-    lines = [
-        f"Round: {one.round} of {config.rounds} that were planned{ended}.",
-        f"Strategy: {config.strategy.type}{f' ({options})' if options else ''}.",
-        f"Secure aggregation: {'on, the server saw sums over sites only' if config.secure_aggregation else 'off'}.",
-        f"Differential privacy at the sites: {at_sites}.",
-        f"Differential privacy at the server: {central}.",
-    ]
-    if config.personalize == "batch_norm":
-        lines.append("Each site trained with a batch normalisation of its own (FedBN).")
-    return [_text(line) for line in lines]
-
-
-def _trained(one: Federation) -> str:
-    """What a federation is called in the limits."""
-    names = f" ({_text(', '.join(one.sites))})" if one.sites else ""
-    return f"by a federation of {_number_of_sites(one)}{names}"
-
-
-def _number_of_sites(one: Federation) -> str:
-    return f"{'several' if one.num_sites is None else one.num_sites} site{'s' * (one.num_sites != 1)}"
-
-
 # How good it is
 
 
@@ -314,7 +222,7 @@ def _scores(metadata: Metadata) -> list[str]:
     lines = ["## Scores", ""]
     found = {split: Scores.model_validate(metadata.metrics[split]) for split in SPLITS if split in metadata.metrics}
     if not found:
-        if any(one.config is not None and one.config.personalize != "none" for one in _federations(metadata)):
+        if any(one.config is not None and one.config.personalize != "none" for one in federations(metadata)):
             return [
                 *lines,
                 "Not known: the federation measured the network of each site, with its own batch normalisation.",
@@ -324,7 +232,7 @@ def _scores(metadata: Metadata) -> list[str]:
     for split, scores in found.items():
         lines += ["", *_scores_of(SPLITS[split], scores, metadata)]
     if "val" in found:
-        chosen = "round" if _federations(metadata) else "epoch"
+        chosen = "round" if federations(metadata) else "epoch"
         lines += ["", f"The validation images chose the {chosen}, which flatters their scores."]
     return lines
 
@@ -344,7 +252,7 @@ def _scores_of(split: str, scores: Scores, metadata: Metadata) -> list[str]:
             ("boundary IoU", "boundary_iou", outlines.boundary_iou),
         ]
     rows = [
-        [name, f"{value:.4f}", _interval(None if intervals is None else getattr(intervals, key))]
+        [name, f"{value:.4f}", interval(None if intervals is None else getattr(intervals, key))]
         for name, key, value in values
         if value is not None
     ]
@@ -353,19 +261,19 @@ def _scores_of(split: str, scores: Scores, metadata: Metadata) -> list[str]:
         for index, (name, value) in enumerate(zip(metadata.class_names, scores.iou_per_class, strict=True)):
             between = ends[index] if ends is not None and index < len(ends) else None
             shown = "ignored" if index == metadata.ignore_index else "not present" if value is None else f"{value:.4f}"
-            rows.append([f"IoU of {index} ({_text(name)})", shown, _interval(between)])
-    how = "" if scores.precision is None else f", computed in {_text(', '.join(sorted(set(scores.precision))))}"
+            rows.append([f"IoU of {index} ({text(name)})", shown, interval(between)])
+    how = "" if scores.precision is None else f", computed in {text(', '.join(sorted(set(scores.precision))))}"
     images = (
         f"{split} images of the sites that measured it"
         if scores.num_images is None
         else f"{scores.num_images} {split} images"
     )
     lines = [f"{images[0].upper()}{images[1:]}{how}; {_applied(scores, metadata)}:", ""]
-    lines += _table([split, "value", "95 % interval"], rows)
+    lines += table([split, "value", "95 % interval"], rows)
     if intervals is None:
         return [*lines, "", "Intervals are not known."]
     alike = ", all of one group, so that new groups may differ by more" if intervals.one_group else ""
-    return [*lines, "", f"Intervals are by resampling {intervals.num} {_text(intervals.over)}{alike}."]
+    return [*lines, "", f"Intervals are by resampling {intervals.num} {text(intervals.over)}{alike}."]
 
 
 def _applied(scores: Scores, metadata: Metadata) -> str:
@@ -389,21 +297,21 @@ def _privacy(metadata: Metadata) -> list[str]:
         lines.append("None: epsilon has no bound.")
     else:
         lines.append(
-            f"epsilon {ledger.epsilon:.4g} at delta {ledger.delta:g}; the unit of privacy is one {_text(ledger.unit)} "
-            f"of the training set; accountant {_text(ledger.accountant)}."
+            f"epsilon {ledger.epsilon:.4g} at delta {ledger.delta:g}; the unit of privacy is one {text(ledger.unit)} "
+            f"of the training set; accountant {text(ledger.accountant)}."
         )
     lines += [
-        f"It covers the images of {_text(one.site)} alone; what the other sites have spent is known to them."
-        for one in _federations(metadata)
+        f"It covers the images of {text(one.site)} alone; what the other sites have spent is known to them."
+        for one in federations(metadata)
         if one.site is not None
     ]
     rows = [
         [f"{one.noise_multiplier:.4g}", f"{one.sample_rate:.4g}", str(one.steps), f"{one.max_grad_norm:g}"]
         for one in ledger.mechanisms
     ]
-    lines += ["", *_table(["noise multiplier", "sample rate", "steps", "clip norm"], rows)]
+    lines += ["", *table(["noise multiplier", "sample rate", "steps", "clip norm"], rows)]
     if ledger.not_covered:
-        lines += ["", "Not covered:", "", *(f"- {_text(sentence)}" for sentence in ledger.not_covered)]
+        lines += ["", "Not covered:", "", *(f"- {text(sentence)}" for sentence in ledger.not_covered)]
     return lines
 
 
@@ -413,26 +321,26 @@ def _validation(report: Mapping[str, Any] | None) -> list[str]:
         return [*lines, "Not compared (`ml-export --validate`)."]
     names, labels, probs = report["names"], report["labels"], report["probabilities"]
     lines += [
-        f"**{report['verdict']}**: {_text(report['reason'])}.",
+        f"**{report['verdict']}**: {text(report['reason'])}.",
         "",
-        f"{_text(names['exported'])} beside {_text(names['reference'])}, on {report['num_images']} "
-        f"{_text(report['images'])}, {report['num_pixels']} pixels, of which {report['num_labelled_pixels']} are "
+        f"{text(names['exported'])} beside {text(names['reference'])}, on {report['num_images']} "
+        f"{text(report['images'])}, {report['num_pixels']} pixels, of which {report['num_labelled_pixels']} are "
         "labelled:",
         "",
     ]
     rows = [
         ["equal labels", f"{labels['num_equal']} of {report['num_pixels']}", "", ""],
-        ["probabilities, largest difference", _figure(probs["max_difference"], ".2g"), "", ""],
-        ["probabilities, mean difference", _figure(probs["mean_difference"], ".2g"), "", ""],
+        ["probabilities, largest difference", figure(probs["max_difference"], ".2g"), "", ""],
+        ["probabilities, mean difference", figure(probs["mean_difference"], ".2g"), "", ""],
     ]
     scores = [("mean IoU", report["iou"]), ("mean Dice", report["dice"])]
-    scores += [(f"IoU of {one['class']} ({_text(one['name'])})", one["iou"]) for one in report["per_class"]]
+    scores += [(f"IoU of {one['class']} ({text(one['name'])})", one["iou"]) for one in report["per_class"]]
     rows += [
-        [name, *(_figure(one[key], ".4f") for key in ("reference", "exported")), _figure(one["difference"], "+.6f")]
+        [name, *(figure(one[key], ".4f") for key in ("reference", "exported")), figure(one["difference"], "+.6f")]
         for name, one in scores
         if one["reference"] is not None or one["exported"] is not None
     ]
-    return [*lines, *_table(["", "reference", "exported", "difference"], rows)]
+    return [*lines, *table(["", "reference", "exported", "difference"], rows)]
 
 
 def _speed(report: Mapping[str, Any] | None) -> list[str]:
@@ -447,13 +355,13 @@ def _speed(report: Mapping[str, Any] | None) -> list[str]:
         peak = one["peak_bytes"]
         rows.append(
             [
-                _text(one["name"]),
+                text(one["name"]),
                 str(one["threads"]),
                 *(f"{network[f'p{share}_ms']:.1f}" for share in (50, 95, 99)),
-                _figure(network["ratio"], ".2f"),
+                figure(network["ratio"], ".2f"),
                 f"{whole['p50_ms']:.1f}",
-                _figure(peak and peak / (1 << 20), ".0f"),
-                _figure(one["startup_seconds"], ".2f"),
+                figure(peak and peak / (1 << 20), ".0f"),
+                figure(one["startup_seconds"], ".2f"),
             ]
         )
     heads = ["", "threads", "network p50 ms", "p95", "p99", "ratio", "end to end p50 ms", "peak MiB", "start-up s"]
@@ -461,12 +369,12 @@ def _speed(report: Mapping[str, Any] | None) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
     return [
         *lines,
-        *_table(heads, rows),
+        *table(heads, rows),
         "",
         f"{number} runs of each, in turn{'; p99 of so few is the slowest' if number < 100 else ''}. Batches of "
         f"{conditions['batch_size']}, {height}x{width} pixels, {conditions['channels']} channels, on "
-        f"{_text(conditions['device'])}; {_text(conditions['cpu'])}, {conditions['num_cores']} cores; "
-        f"{_text(versions)}. ratio: how many times as fast as {_text(report['reference'])}. Other machines give other "
+        f"{text(conditions['device'])}; {text(conditions['cpu'])}, {conditions['num_cores']} cores; "
+        f"{text(versions)}. ratio: how many times as fast as {text(report['reference'])}. Other machines give other "
         "numbers.",
     ]
 
@@ -475,16 +383,16 @@ def _speed(report: Mapping[str, Any] | None) -> list[str]:
 
 
 def _origin(metadata: Metadata) -> list[str]:
-    members = [[_text(one["name"]), f"{one['weight']:.4g}", _text(one["sha256"])] for one in metadata.checkpoints]
+    members = [[text(one["name"]), f"{one['weight']:.4g}", text(one["sha256"])] for one in metadata.checkpoints]
     licence = metadata.encoder_licence
     return [
         "## Origin",
         "",
-        *_table(["checkpoint", "weight", "SHA-256"], members),
+        *table(["checkpoint", "weight", "SHA-256"], members),
         "",
-        "Versions: " + _text(", ".join(f"{name} {version}" for name, version in metadata.versions.items())) + ".",
+        "Versions: " + text(", ".join(f"{name} {version}" for name, version in metadata.versions.items())) + ".",
         "Licence of the encoder's pretrained weights: "
-        + ("no such weights are known of." if licence is None else f"{_text(licence)}."),
+        + ("no such weights are known of." if licence is None else f"{text(licence)}."),
         "The licence of the training images is not known here; it may bind the network too.",
         "The whole configuration is in the file's metadata, as `ml_src.config`.",
     ]
@@ -493,9 +401,9 @@ def _origin(metadata: Metadata) -> list[str]:
 def _limits(metadata: Metadata, validation: Mapping[str, Any] | None, kind: str) -> list[str]:
     data = metadata.config.get("data", {})
     name = data.get("dataset_name") or Path(str(data.get("data_dir", ""))).name
-    trained = [_trained(one) for one in _federations(metadata)]
+    trained = [trained_by(one) for one in federations(metadata)]
     if len(trained) < len(metadata.checkpoints):
-        trained.insert(0, "on " + (_text(name) if name and not trained else "data that have no name here"))
+        trained.insert(0, "on " + (text(name) if name and not trained else "data that have no name here"))
     lines = [
         f"It was trained {'; '.join(dict.fromkeys(trained))}. Nothing is known of images from elsewhere: other "
         "devices, sites, colours or resolutions were not tested.",
@@ -506,7 +414,7 @@ def _limits(metadata: Metadata, validation: Mapping[str, Any] | None, kind: str)
         lines.append("No scores of a held-out test split are known.")
     if metadata.training_size is not None:
         lines.append(
-            f"Objects were seen at the scale of {_size(metadata.training_size)} samples; at others it may fail."
+            f"Objects were seen at the scale of {size_text(metadata.training_size)} samples; at others it may fail."
         )
     if validation is None:
         lines.append("It was not compared with its checkpoint, so that the scores above may not be its own.")
@@ -519,41 +427,3 @@ def _limits(metadata: Metadata, validation: Mapping[str, Any] | None, kind: str)
     if kind == "safetensors":
         lines.append("It needs ml_src and PyTorch, and the plugins with which it was trained.")
     return ["## Limits", "", *(f"- {line}" for line in lines)]
-
-
-# Markdown
-
-
-def _text(words: Any) -> str:
-    """Words as they are, whatever they hold: no markup, no HTML, no end of a line or a cell."""
-    escaped = re.sub(
-        r"([`*\[\]<>#&~!$])|(?<![^\W_])(_)|(_)(?![^\W_])", r"\\\1\2\3", printable(words).replace("\\", "\0")
-    )
-    return escaped.replace("\0", "&#92;").replace("|", "&#124;")
-
-
-def _shell(word: str) -> str:
-    """A word for a shell, on one line."""
-    return printable(shlex.quote(word))
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table; its cells are Markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
-
-
-def _interval(ends: Sequence[float] | None) -> str:
-    return "" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
-
-
-def _figure(value: float | None, how: str) -> str:
-    return "-" if value is None else f"{value:{how}}"
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.6g}" for value in values)
-
-
-def _size(size: Sequence[int]) -> str:
-    return f"{size[0]}x{size[1]}"

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from ml_src.core.atomic import remove_leftovers
-from ml_src.core.callbacks import Callback
 from ml_src.core.checkpoint import load_checkpoint, load_weights, random_state, save_checkpoint, set_random_state
 from ml_src.core.config import Config
 from ml_src.core.config_file import plain
@@ -28,6 +27,7 @@ from ml_src.core.device import choose_device
 from ml_src.core.errors import BudgetError, DataError
 from ml_src.core.federated.facts import collect, sections_of
 from ml_src.core.federated.layout import Layout
+from ml_src.core.federated.local_round import Proximal, RoundEnd
 from ml_src.core.federated.secure_round import PHASES, Keys, Masking, Tally, require_enough
 from ml_src.core.federated.site_state import BEST, ENDED, End, SiteState
 from ml_src.core.federated.site_state import PERSONAL as PERSONAL
@@ -391,7 +391,7 @@ class Site:
         if self.ends.refusal:  # what it measures is still of use
             return {"num_images": 0, "num_steps": 0, "ended": f"takes part no longer: {self.ends.refusal}"}
         t.stop, self.ends.last_step = "", first + self.num_steps
-        plain, near = t.criterion, _proximal(self.federated.strategy)
+        plain, near = t.criterion, getattr(self.federated.strategy, "proximal_mu", 0.0)
         t.criterion = Proximal(plain, t.network, near) if near else plain
         loss_sum, num_samples = 0.0, 0
         while t.progress.step < self.ends.last_step and not t.stop:
@@ -471,37 +471,6 @@ class Site:
         return [(int(path.stem.removeprefix("round_")), path) for path in found if path.stem[6:].isdigit()]
 
 
-class RoundEnd(Callback):
-    """Ends the loop with the last step of a round."""
-
-    name, reached = "round_end", "end of the round"
-
-    def __init__(self) -> None:
-        self.last_step = 0
-        self.refusal = ""  # why no further round is trained
-
-    def on_step(self, t: Training, num_samples: int) -> None:
-        if t.progress.step >= self.last_step and not t.stop:
-            t.stop = self.reached
-
-
-class Proximal(nn.Module):
-    """A loss and mu / 2 * |w - w_global|^2, over all parameters (FedProx, Li et al. 2020, equation 2)."""
-
-    def __init__(self, criterion: nn.Module, network: nn.Module, mu: float) -> None:
-        super().__init__()
-        self.criterion, self.mu = criterion, mu
-        self.weights = list(network.parameters())
-        self.reference = [p.detach().clone() for p in self.weights]
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Logits (N, C, H, W) and targets (N, H, W) as the loss takes them; a scalar."""
-        pairs = zip(self.weights, self.reference, strict=True)
-        distance = torch.stack([(p - before).square().sum() for p, before in pairs]).sum()
-        loss: Tensor = self.criterion(logits, targets) + self.mu / 2 * distance
-        return loss
-
-
 def _contents(network: nn.Module, config: Config, number: int) -> dict[str, Any]:
     """Return the checkpoint of a network that was trained over all sites, of round `number`; no training goes on."""
     names = config.data.class_names or read_class_names(Path(config.data.data_dir))
@@ -524,7 +493,3 @@ def _contents(network: nn.Module, config: Config, number: int) -> dict[str, Any]
         "num_threads": torch.get_num_threads(),
         "seconds": 0.0,
     }
-
-
-def _proximal(strategy: Any) -> float:
-    return float(getattr(strategy, "proximal_mu", 0.0))
