@@ -384,16 +384,25 @@ class Command:
         stdout, _ = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, stdout, self.log.read_text()
 
-    def until_step(self, step: int, last: Path) -> None:
-        """Wait for a checkpoint of this step or a later one."""
-        deadline = time.monotonic() + PATIENCE
-        while not last.exists() or load_checkpoint(last)["step"] < step:
+    def until_saved(self, last: Path) -> None:
+        """Wait until a checkpoint has been written twice; to open it would take as long as several steps."""
+        deadline, seen = time.monotonic() + PATIENCE, [_written(last)]
+        while len(seen) < 3:
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.02)
+            if (now := _written(last)) not in (0, seen[-1]):
+                seen.append(now)
+            time.sleep(0.005)
 
     def workers(self) -> list[int]:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(word) for word in children.read_text().split()]
+
+
+def _written(path: Path) -> int:
+    """When a file was written; 0 while it is not there."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mtime_ns
+    return 0
 
 
 @dataclass(frozen=True)
@@ -419,13 +428,13 @@ def runs(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     last, run_dir = folder / "runs/torn_fold_0/weights/last.pt", "runs/torn_fold_0"
 
     stopping = Command(folder, "--config", "config.yaml", "--run_name", "torn")
-    stopping.until_step(2, last)
+    stopping.until_saved(last)
     for pid in [stopping.process.pid, *stopping.workers()]:  # as a cluster's scheduler does: each is told twice
         os.kill(pid, signal.SIGTERM)
     stopped = stopping.wait()
     step = load_checkpoint(last)["step"]
     killing = Command(folder, "--resume", run_dir)
-    killing.until_step(step + 2, last)
+    killing.until_saved(last)
     os.kill(killing.workers()[1], signal.SIGKILL)
     killed = killing.wait()
     steps = step, load_checkpoint(last)["step"]
