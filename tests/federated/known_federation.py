@@ -294,17 +294,17 @@ class _Repeating:
 
     def pull_messages(self, message_ids):
         with self._one_at_a_time:
-            return self._pulled([*message_ids, *self._extra])
+            return self._pulled(list(message_ids))
 
-    def _pulled(self, message_ids):
-        replies = list(self._grid.pull_messages(message_ids))
+    def _pulled(self, asked):
+        replies = list(self._grid.pull_messages([*asked, *self._extra]))
         with (self._kit / "heard").open("ab") as heard, (self._kit / "refusals").open("a") as refusals:
             for reply in replies:
                 heard.write(_bytes_of(reply))
                 if reply.metadata.reply_to_message_id in self._extra:
                     self._extra.remove(reply.metadata.reply_to_message_id)
                     refusals.write(f"{reply.error.reason if reply.has_error() else 'answered'}\n")
-        return replies
+        return [reply for reply in replies if reply.metadata.reply_to_message_id in asked]
 
 
 def _copied(message):
