@@ -43,7 +43,6 @@ class Journal:
         self.best: float | None = None
         self.best_round = 0
         self.stop = ""
-        self.state: dict[str, Any] = {}
         self.started, self.seconds_before = time.monotonic(), 0.0
         self._writer: Any = None
 
